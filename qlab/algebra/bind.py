@@ -46,6 +46,8 @@ class Foreseen:
         forward: how many windows go forward through the whole model.
         backward: how many go forward and backward.
         at_once: of how many of them what passes between segments is held together.
+        in_a_pass: how many windows one pass backward has.
+        summed: bytes of the gradients that such a pass adds up over its windows.
         kept: of how many windows final hidden states are held, as those of the reference are.
         learned: how many numbers are learned, of which moments and copies are held.
         moments: how many second moments of its input each weight of it gets behind it.
@@ -57,6 +59,8 @@ class Foreseen:
     forward: int = 0
     backward: int = 0
     at_once: int = 0
+    in_a_pass: int = 0
+    summed: int = 0
     kept: int = 0
     learned: int = 0
     moments: int = 0
@@ -75,7 +79,7 @@ class Bind(Stage):
     """A measurement whose value decides the next part of a recipe; see `bind`.
 
     among: the recipes of which the value gives each weight one, where that is known before. budget:
-    the bits per weight that they may take.
+    the bits per weight that they may take. divided: whether all ranks of a run measure together.
     """
 
     measure: Measure
@@ -83,6 +87,7 @@ class Bind(Stage):
     foresee: Foresee
     among: tuple[Transform, ...] = ()
     budget: float | None = None
+    divided: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ def bind(
     detail: str = "",
     foresee: Foresee = unforeseen,
     spec: Spec | None = None,
+    divided: bool = False,
 ) -> Transform:
     """Measure the whole model, and go on with what the value says: then(measure(model)).
 
@@ -119,13 +125,17 @@ def bind(
             where it does not know, and raises a QlabError where it cannot work.
         spec: The grid to which `then` rounds every weight of the bind, where that is known
             beforehand; a plan checks it then.
+        divided: Whether several ranks measure together. Each of them calls `measure` then, and runs
+            its own windows forward and backward: losses and gradients are those of all, and what
+            sinks and operations note of windows is put together by `Model.of_all_windows`. All
+            ranks have to return the same value. By default rank 0 measures, and tells the others.
 
     Returns:
         A transform of one stage, which is measured when the recipe is used.
 
     Raises:
-        QlabError: When it is measured: measure raises or returns what has no identity, or then
-            returns no recipe.
+        QlabError: When it is measured: measure raises or returns what has no identity, then returns
+            no recipe, or ranks measured different values.
 
     Example:
         >>> import qlab
@@ -152,6 +162,7 @@ def bind(
         measure=measure,
         then=then,
         foresee=foresee,
+        divided=divided,
     )
     return (stage,)
 

@@ -31,6 +31,7 @@ NOTHING_ROUNDED = (
     "{} tunes what was rounded, and nothing in front of it rounds a weight; put a method such as "
     "gptq(spec) in front of it"
 )
+FP32 = 4  # bytes of a number
 LOOKS = 6  # how often the divergence on the windows held out is looked at, at most
 
 
@@ -101,7 +102,8 @@ def learner(step: str, relaxed: Relaxed, schedule: Schedule) -> Transform:
     """The transform that learns what `relaxed` moves, by this schedule."""
     measure = partial(learn_whole, step, relaxed, schedule)
     foresee = partial(foreseen, step, relaxed, schedule)
-    return bind(step, measure, partial(placed, step, relaxed), str(schedule), foresee)
+    lay_down = partial(placed, step, relaxed)
+    return bind(step, measure, lay_down, str(schedule), foresee, divided=True)
 
 
 def foreseen(step: str, relaxed: Relaxed, schedule: Schedule, outline: Outline) -> Foreseen | None:
@@ -111,13 +113,16 @@ def foreseen(step: str, relaxed: Relaxed, schedule: Schedule, outline: Outline) 
     if not outline.windows:
         return None
     _, held_out = divided(step, outline.windows, schedule.held_out)
+    learned = relaxed.count(outline)
     looks = 1 + sum(_looks_behind(schedule, t) for t in range(schedule.steps))
     return Foreseen(
         forward=outline.windows + looks * len(held_out),
         backward=schedule.steps * schedule.windows,
         at_once=max(schedule.windows, len(held_out)),
+        in_a_pass=schedule.windows,
+        summed=FP32 * learned,
         kept=outline.windows,
-        learned=relaxed.count(outline),
+        learned=learned,
         copies=relaxed.copies,
         as_stored=True,
     )

@@ -4,13 +4,16 @@ its leaves."""
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import outputs_of
 from qlab.driver.batches import Batch
+from qlab.driver.windows import Pass, summed, variables_of
 from qlab.errors import QlabError
 from qlab.model.calls import State
 
@@ -44,39 +47,51 @@ Sink = Callable[[Gradients], None]
 
 def back(
     graph: ModuleGraph,
-    numbers: Sequence[int],
-    batches: Sequence[Batch],
-    leaving: Sequence[Cotangent],
+    chosen: Pass,
+    batches: Mapping[int, Batch],
+    leaving: Mapping[int, Cotangent],
     sink: Sink | None,
-) -> list[Cotangent]:
-    """The gradients of what enters a segment, window by window.
+) -> dict[int, Cotangent]:
+    """The gradients of what enters a segment, by the window's place in the pass.
 
-    What requires gradients in the segment gets them added to its `.grad`.
+    What requires gradients in the segment gets them added to its `.grad`, those of all ranks.
 
     Args:
         graph: the segment.
-        numbers: of the windows.
-        batches: what enters it, and what it is called with.
+        chosen: the windows.
+        batches: what enters it, and what it is called with, of the windows that this rank runs.
         leaving: the gradients of what leaves it.
         sink: takes the gradients of its dense leaves, if they are asked for.
     """
+    variables = variables_of(_values(graph))
     leaves = _leaves(graph) if sink else {}
     graph = replace(graph, params={**graph.params, **leaves})
-    entering: list[Cotangent] = []
-    for number, (call, state), cotangent in zip(numbers, batches, leaving):
-        with torch.enable_grad():
-            apart = tuple(_leaf(t) for t in state)
-            inputs = call.inputs(tuple(t.clone() for t in apart))
-            outputs = call.leaving(apart, outputs_of(graph, *inputs))
-        # what `changed` computed of parameters is shared by all windows
-        _hand_on(outputs, cotangent, retain_graph=True)
-        entering.append(tuple(t.grad for t in apart))
-        if sink:
-            reached = {name: t.grad for name, t in leaves.items() if t.grad is not None}
-            sink(Gradients(path=graph.path, segment=graph, window=number, leaves=reached))
-            for t in leaves.values():
-                t.grad = None
+    entering: dict[int, Cotangent] = {}
+
+    def run(places: Sequence[int]) -> None:
+        for place in places:
+            call, state = batches[place]
+            with torch.enable_grad():
+                apart = tuple(_leaf(t) for t in state)
+                inputs = call.inputs(tuple(t.clone() for t in apart))
+                outputs = call.leaving(apart, outputs_of(graph, *inputs))
+            _hand_on(outputs, leaving[place])
+            entering[place] = tuple(t.grad for t in apart)
+            if sink:
+                reached = {name: t.grad for name, t in leaves.items() if t.grad is not None}
+                number = chosen.numbers[place]
+                sink(Gradients(path=graph.path, segment=graph, window=number, leaves=reached))
+                for t in leaves.values():
+                    t.grad = None
+
+    summed(variables, chosen.parts, chosen.ranks, run)
     return entering
+
+
+def _values(graph: ModuleGraph) -> list[Any]:
+    """What a segment is run with: its leaves, and what its operations at run time hold."""
+    ops = [vars(op) for ops in graph.inserts.values() for op in ops if hasattr(op, "__dict__")]
+    return pytree.tree_leaves([dict(graph.params), ops])
 
 
 def _leaf(t: Tensor) -> Tensor:
@@ -92,23 +107,30 @@ def _leaves(graph: ModuleGraph) -> dict[str, Tensor]:
     }
 
 
-def end(entering: Sequence[State], cotangents: Sequence[Cotangent]) -> None:
-    """Hand gradients on to what computed the states that enter the first segment, where that
-    requires them."""
-    tensors = [t for state in entering for t in state]
-    _hand_on(tensors, [gradient for of_state in cotangents for gradient in of_state])
-
-
-def _hand_on(
-    tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], retain_graph: bool = False
+def end(
+    entering: Mapping[int, State],
+    chosen: Pass,
+    cotangents: Mapping[int, Cotangent],
+    variables: Sequence[Tensor],
 ) -> None:
+    """Hand gradients on to what computed the states that enter the first segment, where that
+    requires them. variables: what gathers gradients there."""
+
+    def run(places: Sequence[int]) -> None:
+        for place in places:
+            _hand_on(entering[place], cotangents[place])
+
+    summed(variables, chosen.parts, chosen.ranks, run)
+
+
+def _hand_on(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Run backward from those tensors that require gradients, and got one."""
     reached = [i for i, t in enumerate(tensors) if t.requires_grad and gradients[i] is not None]
     if reached:
         torch.autograd.backward(
             [tensors[i] for i in reached],
             [gradients[i] for i in reached],
-            retain_graph=retain_graph,
+            retain_graph=True,  # what was computed of parameters is shared by all windows
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.algebra.bind import Bind, marked, returned
+from qlab.algebra.bind import Bind, digest, marked, returned
 from qlab.algebra.leaf import dense
 from qlab.algebra.transform import keep
 from qlab.driver.job import Job, Resolved
@@ -26,7 +26,7 @@ from qlab.model.skeleton import Skeleton
 def resolved(job: Job, ranks: Ranks) -> Job:
     """The job with plain stages alone: its binds are measured from the left, each on the model
     that the stages in front of it make. A job without binds is as it was. ranks: those that make
-    that model together; rank 0 measures it, and tells the others."""
+    that model together."""
     while job.measures:
         first = next(i for i, stage in enumerate(job.recipe) if isinstance(stage, Bind))
         job = _bound(job, first, ranks)
@@ -47,15 +47,43 @@ def _bound(job: Job, first: int, ranks: Ranks) -> Job:
         rounded = {name: dense(leaf, torch.float32) for name, leaf in around}
     wide = Skeleton(job.model, torch.float32, job.device)
     loaded = loaded_around(wide)
-    model = Model(front, wide, begun, loaded=loaded, rounded=rounded, bind=bind)
+    model = Model(
+        front,
+        wide,
+        begun,
+        loaded=loaded,
+        rounded=rounded,
+        bind=bind,
+        ranks=ranks if bind.divided else Ranks(),
+    )
     started = time.perf_counter()
-    value = ranks.first(lambda: _called(bind, "measure", lambda: bind.measure(model)))
+    value = _value(bind, model, ranks)
     seconds = {**job.seconds, f"{bind.name} {first}": time.perf_counter() - started}
     then = _called(bind, "then", lambda: returned(bind, value))
     drop_outside(wide)  # modules refer to each other, so that they outlive this
     recipe = (*front.recipe, marked(bind, value), *then, *job.recipe[first + 1 :])
     done = {"recipe": recipe, "stages": first + 1, "blocks": begun, "measured": seconds}
     return Resolved(**{**vars(job), **done})
+
+
+def _value(bind: Bind, model: Model, ranks: Ranks) -> Any:
+    """What is measured: by all ranks together, or by rank 0, which tells the others."""
+
+    def measure() -> Any:
+        return _called(bind, "measure", lambda: bind.measure(model))
+
+    if not bind.divided:
+        return ranks.first(measure)
+    value = measure()
+    told = ranks.all_told(digest(bind.name, value))
+    other = next((rank for rank, theirs in enumerate(told) if theirs != told[0]), None)
+    if other is not None:
+        raise QlabError(
+            f"the bind {bind.name!r} is divided among ranks, and rank {other} measured another "
+            "value than rank 0; use machines with one kind of processor, and hand what is noted of "
+            "windows to `model.of_all_windows`, or do without divided=True"
+        )
+    return value
 
 
 def _kept(skeleton: Skeleton, front: Job, bind: Bind, ranks: Ranks) -> Kept:

@@ -22,7 +22,7 @@ from qlab.driver.batches import batch_tokens
 from qlab.driver.duration import PASSES_OVER_FILES, SQUARED, effort_of
 from qlab.driver.job import Job
 from qlab.driver.owners import site_owners
-from qlab.driver.parts import Parts
+from qlab.driver.parts import Parts, most_of
 from qlab.driver.sites import Sites
 from qlab.errors import QlabError
 
@@ -104,7 +104,7 @@ def expenses(
     """The stages of a run on so many ranks.
 
     passes: forward, over all windows, for statistics and solving. learning: those that steps which
-    learn, and binds, take as much time as. hidden_bytes: of one number between blocks.
+    learn in a block take as much time as. hidden_bytes: of one number between blocks.
     """
     run = _Run(job=job, sites=sites, ranks=ranks)
     made = [_reading(job), *run.forward(passes, learning, hidden_bytes), *run.statistics()]
@@ -284,7 +284,7 @@ def batches_of(job: Job) -> int:
 
 def share_of(batches: int, ranks: int) -> float:
     """The share of the batches that the rank with most of them has."""
-    return max(len(Parts(batches).numbers(r, ranks)) for r in range(min(ranks, 2))) / batches
+    return most_of(batches, ranks) / batches
 
 
 def _attention(code: Code) -> float:

@@ -6,7 +6,7 @@ of one window, and the logits of one window.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from qlab.algebra.running import select
 from qlab.algebra.transform import Stage
 from qlab.driver.batches import in_batches
 from qlab.driver.job import Job
+from qlab.driver.parts import most_of
 from qlab.driver.reach import specs_of
 from qlab.driver.sites import Sites
 from qlab.model.skeleton import Skeleton
@@ -59,10 +60,24 @@ def _outline(job: Job, place: int, stage: Stage, sites: Sites, windows: int) -> 
 
 def passes_of(measured: Measured, windows: int) -> int:
     """The forward passes over all windows that measuring takes as much time as."""
-    known = [f for f in measured.values() if f is not None]
-    # each segment is run again when its turn backward comes
-    runs = sum(f.forward + (2 + BACKWARD) * f.backward for f in known)
+    runs = sum(sum(runs_of(f)) for f in measured.values() if f is not None)
     return -(-runs // max(windows, 1))
+
+
+def runs_of(foreseen: Foreseen) -> tuple[int, int]:
+    """The runs of a window through the model that forward, and that backward, take as much time
+    as."""
+    # each segment is run again when its turn backward comes
+    return foreseen.forward, (2 + BACKWARD) * foreseen.backward
+
+
+def of_rank(foreseen: Foreseen, ranks: int) -> Foreseen:
+    """What is held of a divided measurement by the rank that has most windows of it."""
+    return replace(
+        foreseen,
+        at_once=most_of(foreseen.at_once, ranks),
+        kept=most_of(foreseen.kept, ranks),
+    )
 
 
 def around_bytes(skeleton: Skeleton, size: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from qlab.data.calibration import Data, from_ids
 from qlab.driver.backward import Cotangent, Loss, Sink, back, end, value_of
 from qlab.driver.batches import in_batches, push, record
 from qlab.driver.job import Begun, Job
+from qlab.driver.ranks import Ranks
+from qlab.driver.windows import Pass, summed, tried, variables_of
 from qlab.driver.writing import as_read
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
@@ -50,6 +52,7 @@ class Model:
     """A model as the steps in front of a bind make it, which `qlab.bind` hands to its measurement.
 
     It runs in fp32. What lies around the blocks is in memory, and one segment (a block) at a time.
+    Where the bind is `divided`, several ranks each run their own windows.
 
     Args:
         job: the steps in front, with the model and the calibration data.
@@ -59,6 +62,7 @@ class Model:
             it.
         rounded: name -> one that those steps made another.
         bind: the step that measures it, whose sites are the selected ones of each segment.
+        ranks: those that measure it together.
 
     Example:
         >>> import qlab
@@ -79,9 +83,11 @@ class Model:
         loaded: Mapping[str, Tensor],
         rounded: Mapping[str, Tensor],
         bind: Stage,
+        ranks: Ranks,
     ):
         self._job, self._skeleton, self._kept = job, skeleton, kept
         self._loaded, self._rounded, self._bind = loaded, rounded, bind
+        self._ranks = ranks
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -117,7 +123,13 @@ class Model:
         if self._kept is None and not self._rounded:
             return self
         return Model(
-            self._job, self._skeleton, None, loaded=self._loaded, rounded={}, bind=self._bind
+            self._job,
+            self._skeleton,
+            None,
+            loaded=self._loaded,
+            rounded={},
+            bind=self._bind,
+            ranks=self._ranks,
         )
 
     def running(self, dtype: torch.dtype) -> "Model":
@@ -128,7 +140,13 @@ class Model:
         loaded = loaded_around(skeleton)
         rounded = {name: t.to(loaded[name].dtype) for name, t in self._rounded.items()}
         return Model(
-            self._job, skeleton, self._kept, loaded=loaded, rounded=rounded, bind=self._bind
+            self._job,
+            skeleton,
+            self._kept,
+            loaded=loaded,
+            rounded=rounded,
+            bind=self._bind,
+            ranks=self._ranks,
         )
 
     @property
@@ -162,9 +180,11 @@ class Model:
     def logits(self, ids: Tensor) -> Tensor:
         """The logits [n, l, v] of windows of token ids [n, l], in fp32 on the CPU."""
         windows = [{"input_ids": ids} for ids in from_ids(self.checkpoint, ids).ids.split(1)]
-        rows = self._run(windows, _unchanged, {})
+        whole = Pass(range(len(windows)), len(windows), self._ranks)
+        finals = self._run(whole, windows, _unchanged, {})
         with self._placed({}):
-            return torch.cat([self._head(w, h).float().cpu() for w, h in zip(windows, rows)])
+            own = {i: self._head(windows[i], h).float().cpu() for i, h in finals.items()}
+        return torch.cat(whole.all_told(own))
 
     def nll(self, logits: Tensor, window: int) -> Tensor:
         """The mean negative log likelihood of a window's tokens: a loss for `vjp`."""
@@ -173,9 +193,10 @@ class Model:
     def kl_to(self, reference: "Model") -> Loss:
         """A loss for `vjp`: the mean over a window's predictions of KL(reference || model).
 
-        The reference runs once, here; its final hidden states stay in memory.
+        The reference runs once, here; its final hidden states stay in memory, on each rank those of
+        the windows whose losses it computes.
         """
-        finals = reference._run(self._windows, _unchanged, {})
+        finals = reference._run(self._pass(None), self._windows, _unchanged, {})
 
         def loss(logits: Tensor, window: int) -> Tensor:
             with torch.no_grad(), reference._placed({}):
@@ -198,14 +219,15 @@ class Model:
         around: Mapping[str, Tensor] | None = None,
     ) -> list[float]:
         """The loss of each window, without gradients; the arguments are those of `vjp`."""
-        numbers = self._numbers(windows)
-        chosen = [self._windows[i] for i in numbers]
-        finals = self._run(chosen, changed, around or {})
+        chosen = self._pass(windows)
+        finals = chosen.brought_home(self._run(chosen, self._windows, changed, around or {}))
+
+        def value(place: int) -> float:
+            i = chosen.numbers[place]
+            return float(value_of(loss, self._head(self._windows[i], finals[place])[0].float(), i))
+
         with self._placed(around or {}):
-            return [
-                float(value_of(loss, self._head(w, h)[0].float(), i))
-                for w, h, i in zip(chosen, finals, numbers)
-            ]
+            return chosen.agreed(tried(chosen.at_home, value))
 
     @undisturbed
     @torch.no_grad()
@@ -223,6 +245,8 @@ class Model:
 
         The windows go forward through one segment after the other, of which only what passes
         between segments is kept; then back, each segment loaded and run again when its turn comes.
+        Gradients are added up within parts of the windows, and then part by part, so that they are
+        the same bits for any number of ranks.
 
         Args:
             loss: (logits [l, v], window) -> a number, such as `model.nll` or
@@ -233,7 +257,8 @@ class Model:
                 forward and once backward for each segment, and the gradients add up in those
                 tensors' `.grad`.
             sink: takes the `Gradients` of each dense leaf, segment by segment from the last to the
-                first and window by window; they are let go of afterwards.
+                first and window by window; they are let go of afterwards. Of several ranks each
+                sees those of the windows that it runs (`of_all_windows`).
             around: name -> a tensor in the place of a parameter around the segments (`around`); one
                 that requires gradients gets them in `.grad`.
             after: takes the path of each segment when its gradients are complete.
@@ -244,11 +269,12 @@ class Model:
         Raises:
             QlabError: a loss that is NaN, no number, or depends on nothing that the model computes.
         """
-        numbers, around = self._numbers(windows), around or {}
-        chosen = [self._windows[i] for i in numbers]
+        chosen, around = self._pass(windows), around or {}
+        variables = variables_of(around.values())
         with self._placed(around):
-            with torch.set_grad_enabled(any(t.requires_grad for t in around.values())):
-                entering, calls = record(self._skeleton, chosen)
+            own = [self._windows[chosen.numbers[place]] for place in chosen.own]
+            with torch.set_grad_enabled(bool(variables)):
+                entering, calls = record(self._skeleton, own)
             states = [tuple(t.detach() for t in state) for state in entering]
             boundaries = []
             for path in self.segments:
@@ -256,18 +282,27 @@ class Model:
                 graph = changed(path, self.segment(path))
                 states = list(push(graph, zip([c[path] for c in calls], states)))
                 del graph
-            values, gradients = self._of_heads(loss, numbers, chosen, states)
+            values, gradients = self._of_heads(loss, chosen, states, variables)
             for path in reversed(self.segments):
                 states = boundaries.pop()
-                batches = [(c[path], s) for c, s in zip(calls, states)]
+                batches = {p: (c[path], s) for p, c, s in zip(chosen.own, calls, states)}
                 with torch.enable_grad():
                     graph = changed(path, self.segment(path))
-                gradients = back(graph, numbers, batches, gradients, sink)
+                gradients = back(graph, chosen, batches, gradients, sink)
                 del graph, states, batches
                 if after is not None:
                     after(path)
-            end(entering, gradients)
+            end(dict(zip(chosen.own, entering)), chosen, gradients, variables)
         return values
+
+    def of_all_windows(self, noted: Sequence[T]) -> list[T]:
+        """What was noted of each window in a pass over all of them, in their order.
+
+        Args:
+            noted: what this rank noted of the windows that it ran; one process runs all.
+        """
+        whole = self._pass(None)
+        return whole.all_told(dict(zip(whole.own, noted, strict=True)))
 
     # --------------------------------------------------------------- how it runs
     @cached_property
@@ -280,13 +315,14 @@ class Model:
         window = self._windows[0] if self._job.data is not None else in_batches(None)[0]
         return record(self._skeleton, [window])[1][0]
 
-    def _numbers(self, windows: Iterable[int] | None) -> list[int]:
+    def _pass(self, windows: Iterable[int] | None) -> Pass:
+        """A pass over these windows, or over all."""
         numbers = list(range(self.count)) if windows is None else [int(i) for i in windows]
         unknown = [i for i in numbers if not 0 <= i < self.count]
         if unknown or not numbers:
             what = f"window {unknown[0]} is not there" if unknown else "no window was named"
             raise QlabError(f"{what}; the calibration data has windows 0 to {self.count - 1}")
-        return numbers
+        return Pass(numbers, self.count, self._ranks)
 
     def _placed(self, around: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Tensors in the places of parameters around the segments, for now."""
@@ -302,43 +338,49 @@ class Model:
     @torch.no_grad()
     def _run(
         self,
+        chosen: Pass,
         windows: Sequence[Mapping[str, Tensor]],
         changed: Changed,
         around: Mapping[str, Tensor],
-    ) -> list[Tensor]:
-        """The final hidden states of windows."""
+    ) -> dict[int, Tensor]:
+        """Place in the pass -> the final hidden states, of what this rank runs. windows: by their
+        numbers."""
+        own = [windows[chosen.numbers[place]] for place in chosen.own]
         with self._placed(around):
-            states, calls = record(self._skeleton, windows)
+            states, calls = record(self._skeleton, own)
         for path in self.segments:
             graph = changed(path, self.segment(path))
             states = list(push(graph, zip([c[path] for c in calls], states)))
             del graph
-        return [state[0] for state in states]
+        return {place: state[0] for place, state in zip(chosen.own, states)}
 
     def _head(self, window: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         return head(self._skeleton, window["input_ids"], hidden)
 
     def _of_heads(
-        self,
-        loss: Loss,
-        numbers: Sequence[int],
-        windows: Sequence[Mapping[str, Tensor]],
-        states: Sequence[State],
-    ) -> tuple[list[float], list[Cotangent]]:
-        """The loss of each window, and its gradient at what leaves the last segment."""
-        values: list[float] = []
-        gradients: list[Cotangent] = []
-        for i, window, (hidden,) in zip(numbers, windows, states):
+        self, loss: Loss, chosen: Pass, states: Sequence[State], variables: Sequence[Tensor]
+    ) -> tuple[list[float], dict[int, Cotangent]]:
+        """The loss of each window, and its gradient at what leaves the last segment, of the windows
+        that this rank runs. variables: what gathers gradients around the segments."""
+        arrived = chosen.brought_home({p: hidden for p, (hidden,) in zip(chosen.own, states)})
+        values: dict[int, Any] = {}
+        gradients: dict[int, Cotangent] = {}
+
+        def value(place: int) -> float:
+            i = chosen.numbers[place]
             with torch.enable_grad():
-                hidden = hidden.detach().requires_grad_()
-                value = value_of(loss, self._head(window, hidden)[0].float(), i)
-            if not value.requires_grad:
+                hidden = arrived[place].detach().requires_grad_()
+                loss_of_it = value_of(loss, self._head(self._windows[i], hidden)[0].float(), i)
+            if not loss_of_it.requires_grad:
                 raise QlabError(
                     "the loss does not depend on the logits that it was given; compute it of them, "
                     "without detach() or item()"
                 )
-            value.backward()
-            values.append(float(value.detach()))
+            loss_of_it.backward()
             gradient = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
-            gradients.append((gradient,))
-        return values, gradients
+            gradients[place] = (gradient,)
+            return float(loss_of_it.detach())
+
+        summed(variables, chosen.homes, self._ranks, lambda part: values.update(tried(part, value)))
+        found = chosen.agreed(values)
+        return found, chosen.brought_back(gradients)

@@ -43,6 +43,11 @@ class Parts:
         return batch // self.size % world
 
 
+def most_of(batches: int, ranks: int) -> int:
+    """The number of batches of the rank that has most of them."""
+    return max(len(Parts(batches).numbers(rank, ranks)) for rank in range(min(ranks, 2)))
+
+
 class Own:
     """The batches of this rank; by their numbers, those of all ranks.
 

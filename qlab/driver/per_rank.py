@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from qlab.algebra.bind import Bind
 from qlab.algebra.graph import by_source
+from qlab.algebra.transform import Stage
 from qlab.data.calibration import Data
 from qlab.driver.duration import SQUARED
 from qlab.driver.expense import FP32, batches_of, share_of
-from qlab.driver.foreseen import Measured
+from qlab.driver.foreseen import Measured, of_rank
 from qlab.driver.job import Job
 from qlab.driver.memory import predict_memory
 from qlab.driver.owners import site_owners
@@ -53,18 +55,30 @@ def memory_of_rank(
     """Bytes at the widest moment of the rank that needs most, by what holds them.
 
     Beside what one process holds for the windows of this rank (`predict_memory`) there are the sums
-    over all windows of the inputs that it owns. Every rank embeds all windows before the first
-    block.
+    over all windows of the inputs that it owns, and those of the gradients of a segment. Every rank
+    embeds all windows before the first block.
     """
     alone = predict_memory(job, skeleton, sites, experts_at_once, measured)
     if ranks == 1 or job.data is None:
         return alone
     own = replace(job, data=_Share(job.data, share_of(batches_of(job), ranks)))
-    memory = predict_memory(own, skeleton, sites, experts_at_once, measured)
+    of_ranks = {
+        place: of_rank(of, ranks)
+        for place, of in measured.items()
+        if of is not None and _is_divided(job.recipe[place])
+    }
+    memory = predict_memory(own, skeleton, sites, experts_at_once, {**measured, **of_ranks})
+    if "learned" in memory and of_ranks:
+        summed = max(of.summed for of in of_ranks.values())
+        memory["sums of gradients"] = 2 * summed // len(sites.codes)
     if "statistics" in memory:
         memory["owned statistics"] = max(_owned(job, sites, ranks, experts_at_once), default=0)
     candidates = [memory, *([alone] if "carry" in alone else [])]
     return max(candidates, key=lambda moment: sum(moment.values()))
+
+
+def _is_divided(stage: Stage) -> bool:
+    return isinstance(stage, Bind) and stage.divided
 
 
 def _owned(job: Job, sites: Sites, ranks: int, experts_at_once: int | None) -> Iterator[int]:

@@ -28,10 +28,11 @@ from qlab.driver.effects import (
     refuse_unheld_values,
     refuse_without_effect,
 )
-from qlab.driver.expense import expenses, undeclared, windows_of
-from qlab.driver.foreseen import Measured, foreseen, passes_of
+from qlab.driver.expense import expenses, undeclared
+from qlab.driver.foreseen import Measured, foreseen
 from qlab.driver.framed import refuse_unturnable
 from qlab.driver.job import CODEC, Job
+from qlab.driver.measuring import measuring
 from qlab.driver.observe import Inputs, inputs_named
 from qlab.driver.outcome import rows_of, unquantized
 from qlab.driver.per_rank import memory_of_rank
@@ -143,8 +144,9 @@ def plan_of(job: Job, skeleton: Skeleton | None = None, ranks: int = 1) -> Plan:
     warn_of_crossed(job.recipe, sites)
     passes = _passes(job, sites, rows)
     work = work_of(job, sites, skeleton.dtype, passes, measured)
-    windows = 0 if job.data is None else windows_of(job.data)
-    learning = passes_of_learning(job) + passes_of(measured, windows)
+    learning = passes_of_learning(job)
+    of_blocks = expenses(job, sites, passes, learning, ranks, skeleton.dtype.itemsize)
+    of_pass = sum(e.operations for e in of_blocks if e.stage == "forward") / max(passes, 1)
     return Plan(
         stages=describe(job.recipe),
         schedule=rows,
@@ -157,7 +159,7 @@ def plan_of(job: Job, skeleton: Skeleton | None = None, ranks: int = 1) -> Plan:
         experts_at_once=experts_at_once,
         work=work if skeleton.device.type == "cpu" else None,
         ranks=ranks,
-        expenses=expenses(job, sites, passes, learning, ranks, skeleton.dtype.itemsize),
+        expenses=(*of_blocks, *measuring(job, sites, measured, ranks, of_pass)),
         blocks=len(sites.codes),
         undeclared=undeclared(job),
     )

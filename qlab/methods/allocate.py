@@ -25,7 +25,7 @@ from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Transform, at, chain
 from qlab.errors import QlabError
 from qlab.methods.knapsack import cheapest
-from qlab.methods.sensitivity import Costs, Sensitivity, fisher, foreseen, fused
+from qlab.methods.sensitivity import Costs, Sensitivity, fisher, foreseen, fused, kl_of_each
 
 NAME = "allocate"
 
@@ -97,7 +97,8 @@ def allocate(
         return foreseen(measure_costs, sum(spec is not None for spec in specs), outline)
 
     detail = f"{bits:g} bits of {words}, by {name}"
-    (stage,) = bind(NAME, measure, then, detail, foresee)
+    divided = measure_costs in (fisher, kl_of_each)  # what one's own notes of windows is not known
+    (stage,) = bind(NAME, measure, then, detail, foresee, divided=divided)
     assert isinstance(stage, Bind)
     return (replace(stage, among=tuple(choices), budget=bits),)
 

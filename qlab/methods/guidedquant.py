@@ -94,7 +94,8 @@ def guidedquant(spec: Spec, groups: int = 4, damp: float = 0.01) -> Transform:
         return chain(*_solvers(spec, damp, found))
 
     detail = f"{groups} {'group' if groups == 1 else 'groups'}, damp {damp:g}"
-    (stage,) = bind(NAME, measure, then, detail, partial(foreseen, groups), spec)
+    foresee = partial(foreseen, groups)
+    (stage,) = bind(NAME, measure, then, detail, foresee, spec, divided=True)
     return (replace(stage, workspace=WORKSPACE),)
 
 
@@ -106,7 +107,13 @@ def foreseen(groups: int, outline: Outline) -> Foreseen:
         _sites(graph)
     # the second moment of a group takes about as long as running its weight on all tokens
     windows = outline.windows
-    return Foreseen(forward=groups * windows, backward=windows, at_once=windows, moments=groups)
+    return Foreseen(
+        forward=groups * windows,
+        backward=windows,
+        at_once=windows,
+        in_a_pass=windows,
+        moments=groups,
+    )
 
 
 # ------------------------------------------------------------------ what is measured
@@ -124,7 +131,7 @@ def saliency(model: Any, spec: Spec, groups: int) -> Saliency:
 
     model.vjp(model.nll, changed=watched)
     return {
-        path: {site: relative(torch.cat(of_windows)) for site, of_windows in of_segment.items()}
+        path: {site: relative(torch.cat(model.of_all_windows(s))) for site, s in of_segment.items()}
         for path, of_segment in squares.items()
     }
 
@@ -198,8 +205,9 @@ def by_gradient(path: str, found: Saliency) -> Metric:
 
     groups = max(of_segment[path].shape[1] for of_segment in found.values() if path in of_segment)
     nothing = lambda k: Weighted(torch.zeros(groups, k, k, dtype=torch.float32), 0)
-    stat = Stat(lift, added, nothing=nothing, name=NAME)
-    return Metric(NAME, frozenset({stat}), lambda stats: stats[NAME].mean_gkk)
+    name = f"{NAME} of {path}"  # weights of one input each have their own, which ranks tell apart
+    stat = Stat(lift, added, nothing=nothing, name=name)
+    return Metric(NAME, frozenset({stat}), lambda stats: stats[name].mean_gkk)
 
 
 def added(a: Weighted, b: Weighted) -> Weighted:

@@ -55,16 +55,17 @@ def fisher(model: Any, specs: Sequence[Spec | None]) -> Costs:
         >>> qlab.apply("demo", recipe, data).bits_per_weight <= 4
         True
     """
-    costs: dict[str, list[float]] = {}
+    noted: dict[str, list[dict[str, list[float]]]] = {path: [] for path in model.segments}
     errors: dict[str, list[Tensor]] = {}  # of the segment at hand
     at_hand: list[str] = []
 
-    def add(of: Any) -> None:
+    def note(of: Any) -> None:
         graph = of.segment
         if at_hand != [of.path]:
             at_hand[:] = [of.path]
             errors.clear()
             errors.update(_errors(graph, specs))
+        of_window = dict[str, list[float]]()
         for site in _rounded_sites(graph):
             gradient = of.leaves.get(site.weight)
             squared = [0.0] * len(specs)
@@ -73,11 +74,16 @@ def fisher(model: Any, specs: Sequence[Spec | None]) -> Costs:
                 squared = [
                     float((g_ok.square() * e).sum()) / 2 / model.count for e in errors[site.path]
                 ]
-            name = graph.where(site)
-            before = costs.get(name, [0.0] * len(specs))
-            costs[name] = [a + b for a, b in zip(before, squared)]
+            of_window[graph.where(site)] = squared
+        noted[of.path].append(of_window)
 
-    model.vjp(model.nll, sink=add)
+    model.vjp(model.nll, sink=note)
+    costs: dict[str, list[float]] = {}
+    for of_segment in noted.values():
+        for of_window in model.of_all_windows(of_segment):
+            for name, squared in of_window.items():
+                before = costs.get(name, [0.0] * len(specs))
+                costs[name] = [a + b for a, b in zip(before, squared)]
     return costs
 
 
@@ -85,7 +91,7 @@ def foreseen(sensitivity: Sensitivity, choices: int, outline: Outline) -> Forese
     """What measuring a sensitivity will run; None of one's own. choices: the grids that round."""
     windows = outline.windows
     if sensitivity is fisher:
-        return Foreseen(backward=windows, at_once=windows, copies=3 + choices)
+        return Foreseen(backward=windows, at_once=windows, in_a_pass=windows, copies=3 + choices)
     if sensitivity is kl_of_each:
         groups = sum(len(fused(graph)) for graph in outline.segments)
         return Foreseen(forward=windows * (1 + groups * choices), at_once=windows, kept=windows)

@@ -108,17 +108,21 @@ def spinquant(
 
     around = f"{spec} weights, {inputs or 'dense'} inputs"
     detail = f"{around}, {steps} steps at {rate:g}, seed {seed}"
-    (stage,) = bind("spinquant", measure, then, detail, partial(_foreseen, steps))
+    foresee = partial(_foreseen, steps)
+    (stage,) = bind("spinquant", measure, then, detail, foresee, divided=True)
     return (replace(stage, view=WholeModelBasis()),)
 
 
 def _foreseen(steps: int, outline: Outline) -> Foreseen:
     """A pass backward for every step, and one for where it ends."""
     passes = outline.windows * (steps + 1 if steps else 0)
+    sizes = [turning(graph.code, "spinquant", graph.path).size for graph in outline.segments]
     return Foreseen(
         forward=outline.windows * (1 if steps else 2),
         backward=passes,
         at_once=outline.windows,
+        in_a_pass=outline.windows,
+        summed=torch.float64.itemsize * sum(k**2 for k in sizes),  # R2 is small beside R1
         kept=outline.windows,
         copies=9,  # turned in fp64, which gradients keep
     )

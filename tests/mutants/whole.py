@@ -20,6 +20,22 @@ MUTANTS = [
         "driver/kl_tune",
     ),
     Mutant(
+        "gradients: those of the last part alone",
+        "driver/windows.py",
+        "_add",
+        "totals[i] + gradient if i in totals else gradient",
+        "gradient",
+        "driver/bind",
+    ),
+    Mutant(
+        "ranks: each steps by the gradients of its own windows",
+        "driver/windows.py",
+        "summed",
+        "ranks.told([totals.pop(i, None) for i in own], by=owner)",
+        "[totals.pop(i, None) for i in own]",
+        "driver/divided_binds",
+    ),
+    Mutant(
         "kl_tune: rows do not move",
         "methods/kl_tune.py",
         "_moved_scales",
@@ -142,7 +158,7 @@ MUTANTS = [
     Mutant(
         "fisher: gradients are not squared",
         "methods/sensitivity.py",
-        "fisher.add",
+        "fisher.note",
         "g_ok.square()",
         "g_ok.abs()",
         "driver/allocate",
