@@ -4,8 +4,7 @@ table of goals. No test needs a GPU."""
 import json
 import math
 import os
-import subprocess
-import sys
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing import KILLED, finish, start
 
 from qlab.bench.__main__ import main
 from qlab.bench.gpu import crew as crews
@@ -217,45 +217,35 @@ def test_a_failing_call_is_written_and_the_run_goes_on(tmp_path):
 def lives(process):
     """Whether a process runs; of one that has ended and was not waited for, nothing is left."""
     try:
-        return bool(Path("/proc", process, "cmdline").read_bytes())
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())
     except OSError:
         return False
 
 
 def test_a_run_that_is_killed_with_no_warning_goes_on(tmp_path):
-    """kill -9 while a worker is in its call: a second start with another process finishes."""
-    program = (
-        "import sys, gpu_fakes; from pathlib import Path\n"
-        "from qlab.bench.gpu.crew import Crew\n"
-        "from qlab.bench.gpu.plan import Call, Facts, Step\n"
-        "from qlab.bench.gpu.run import accept\n"
-        "if __name__ == '__main__':\n"
-        "    facts = Facts(name='Fake H200', capability=(9, 0), workers=1)\n"
-        "    call = lambda key, job: Call(key=key, job=job, arguments={}, seconds=300.0)\n"
-        "    jobs = ('a', 'clocks'), ('b', 'harness')\n"
-        "    plan = [Step(name=name, calls=(call(name, job),)) for name, job in jobs]\n"
-        "    crew = Crew('gpu_fakes:hanging', 1, {'FAKE_BEGUN': sys.argv[2]})\n"
-        "    print(accept(Path(sys.argv[1]), 60, facts, plan, crew).record['steps']['b'])\n"
-    )
-    script, out, begun = tmp_path / "run.py", tmp_path / "out", tmp_path / "begun"
-    script.write_text(program)
-    command = [sys.executable, str(script), str(out), str(begun)]
-    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    until = time.monotonic() + 240
-    try:
-        while not begun.exists() and first.poll() is None and time.monotonic() < until:
-            time.sleep(0.1)
-    finally:
-        first.kill()
-        first.wait()
-    assert begun.exists(), first.stderr.read().decode()
+    """kill -9 while a worker is in its call: a second start finishes."""
+    out, begun = tmp_path / "out", tmp_path / "begun"
+    facts = Facts(name="Fake H200", capability=(9, 0), workers=1)
+    calls = {"a": "clocks", "b": "harness"}
+    plan = [
+        Step(name=key, calls=(Call(key=key, job=job, arguments={}, seconds=300.0),))
+        for key, job in calls.items()
+    ]
+
+    def run():
+        crew = crews.Crew("gpu_fakes:hanging", 1, {"FAKE_BEGUN": str(begun)})
+        return accept(out, 60, facts, plan, crew)
+
+    first, until = start(run), time.monotonic() + 240
+    while not (begun.exists() and begun.read_text()) and lives(first) and time.monotonic() < until:
+        time.sleep(0.1)
+    os.kill(first, signal.SIGKILL)
+    assert finish(first) == KILLED
     while lives(begun.read_text()) and time.monotonic() < until:
         time.sleep(0.1)
     assert not lives(begun.read_text())  # it ends with the run, and leaves the device to the next
     written = json.loads((out / "steps" / "a.json").read_text())
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert second.returncode == 0 and "copy_gbps" in second.stdout, second.stderr
+    assert "copy_gbps" in str(run().record["steps"]["b"])
     assert json.loads((out / "steps" / "a.json").read_text()) == written
 
 
