@@ -36,8 +36,9 @@ MEASURED = {
 }
 
 
-# numbers of a weight that are measured at once: few, and with a second moment, which every part
-# reads whole, many
+# Numbers of a weight that are worked on at once in fp32, so few that each part takes the memory of
+# the part before: fresh memory costs more than the arithmetic. By a second moment, which every part
+# reads whole, many are.
 AT_ONCE, AT_ONCE_BY_H = 1 << 20, 1 << 24
 
 
@@ -68,14 +69,15 @@ def errors_of(W_ok: Tensor, leaf: Tensor | Structured, moment: Moment | None) ->
         _errors_of(W_ok[rows].float(), leaf.rows(rows, tiles), moment)
         for rows, tiles in leaf.spec.tile.parts(leaf.shape, count)
     ]
-    first = parts[0]
-    return first if len(parts) == 1 else _joined(first, parts)
+    return joined_errors(parts)
 
 
-def _joined(first: Errors, parts: Sequence[Errors]) -> Errors:
+def joined_errors(parts: Sequence[Errors]) -> Errors:
     """The errors of a weight whose rows were measured in parts."""
+    if len(parts) == 1:
+        return parts[0]
     return replace(
-        first,
+        parts[0],
         D=math.hypot(*(part.D for part in parts)),
         W=math.hypot(*(part.W for part in parts)),
         steps=max(part.steps for part in parts),

@@ -4,7 +4,7 @@ Legend: W_ok a weight of o output and k input channels; [a, g] its scales, a til
 across (`qlab.algebra.tile`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,6 +143,18 @@ def shared_outer(weights: Iterable[Tensor], spec: Spec) -> Tensor | None:
     return spec.global_scale(torch.stack(largest).amax(0))
 
 
+def joined_rows(parts: Sequence[QTensor]) -> QTensor:
+    """The leaf [o, k] whose rows are those of its parts, of one outer scale: what `QTensor.rows`
+    takes apart."""
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return replace(
+        parts[0],
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=torch.cat(zeros) if zeros else None,
+    )
+
+
 def by_rows(leaf: QTensor) -> QTensor:
     """The same numbers with scales for each row, also where one scale covered several rows."""
     rows, tile = leaf.shape[-2], leaf.spec.tile
@@ -178,7 +190,7 @@ def _rounded(
     """`round_codes` of all rows at once."""
     x = spec.tile.split(W_ok) / steps(scales, outer, W_ok.dtype)[..., None]
     if zeros is not None:
-        x = x + zeros.to(x.dtype)[..., None]
+        x.add_(zeros.to(x.dtype)[..., None])
     return spec.tile.join(spec.nearest_(x), W_ok.shape).to(spec.code_dtype)
 
 

@@ -1,10 +1,10 @@
-"""One site under a step that makes its weight anew: what the step is given, and what of its result
-is taken.
+"""One weight under a step that makes it anew: what the step is given, and what of its result is
+taken.
 
 Legend: W_ok a weight in fp32.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,10 +16,16 @@ from qlab.algebra.called import Failed, called
 from qlab.algebra.cell import Cell, Feasible, Misfit, Weight, refuse_misfit, refuse_support
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.leaf import Structured, is_leaf, proper
-from qlab.algebra.measured import Errors, errors_in_notes, errors_of, merged, noted_by_step
-from qlab.algebra.qtensor import QTensor, shared_outer
+from qlab.algebra.measured import (
+    AT_ONCE,
+    Errors,
+    errors_of,
+    joined_errors,
+    merged,
+    noted_by_step,
+)
+from qlab.algebra.qtensor import QTensor, joined_rows, shared_outer
 from qlab.algebra.spec import Spec, with_scale_dtype
-from qlab.algebra.statistic import in_turn
 from qlab.errors import QlabError
 
 Leaf = Tensor | Structured
@@ -33,13 +39,15 @@ class Step:
     None.
 
     of_arrays: it sees dense weights alone, and its errors are those from the weight that it was
-    given; those of other steps are from the target.
+    given; those of other steps are from the target. by_rows: it rounds the rows of each tile by
+    themselves, so that it may be given a weight in parts of its rows.
     """
 
     name: str
     fn: CellFn
     spec: Spec | None
     of_arrays: bool = False
+    by_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +63,6 @@ class Solved:
     support: Tensor | None
     note: Mapping[str, Any]
     errors: Errors
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placed:
-    """The same of a site, as a graph holds it: leaf and target in the site's layout, the support
-    [..., o, k], each None where the graph's own stays. aimed: the target is another."""
-
-    leaf: Any
-    target: Tensor | None
-    aimed: bool
-    support: Tensor | None
-    note: dict[str, Any]
 
 
 class Copies(Mapping[str, Any]):
@@ -136,124 +132,6 @@ def _is_leaf_and_note(returned: Any) -> bool:
     return is_leaf(returned[0]) and isinstance(returned[1], Mapping)
 
 
-# ------------------------------------------------------------------ a site
-def solve(
-    step: Step,
-    graph: ModuleGraph,
-    site: Site,
-    seen: Mapping[str, Any],
-    outer: Tensor | None,
-) -> Placed:
-    """What the step makes of a site, and what the report says of it.
-
-    seen: the statistics of the site's input; for routed experts, one state per expert. outer: the
-    global scale [1], or [e, 1], that the step is told.
-    """
-    if site.route is None:
-        parts = [solve_weight(step, graph, site, {**seen, "outer": outer})]
-    else:
-        parts = _solve_experts(step, graph, site, seen, outer)
-    note = {
-        **errors_in_notes([part.errors for part in parts]),
-        **merged([part.note for part in parts]),
-    }
-    aimed = any(part.target is not None for part in parts)
-    own = aimed and all(part.target is part.leaf for part in parts)  # each is its own target
-    return Placed(
-        leaf=_leaf_of(step, graph, site, parts),
-        target=_target_of(graph, site, parts) if aimed and not own else None,
-        aimed=aimed,
-        support=_support_of(graph, site, parts),
-        note=note,
-    )
-
-
-def _solve_experts(
-    step: Step,
-    graph: ModuleGraph,
-    site: Site,
-    seen: Mapping[str, Any],
-    outer: Tensor | None,
-) -> list[Solved]:
-    """Each expert [o, k] of a site by itself. An expert's statistics may be observed only when they
-    are asked for, and are let go of before the next expert's."""
-    assert site.weight is not None
-
-    def given(e: int) -> dict[str, Any]:
-        own = {name: states.states[e] for name, states in seen.items()}
-        return {**own, "outer": None if outer is None else outer[e]}
-
-    def run(e: int, own: Mapping[str, Any]) -> Solved:
-        return solve_weight(step, graph, site, own, e)
-
-    each = next((states.each for states in seen.values()), in_turn)
-    return each(given, run, graph.params[site.weight].shape[0])
-
-
-def _experts(site: Site, parts: Sequence[Solved]) -> Sequence[int | None]:
-    return [None] if site.route is None else range(len(parts))
-
-
-def _laid(site: Site, leaf: Any) -> Any:
-    """A leaf [..., o, k] in the layout of the site, which is that of its tensors alone."""
-    turned = isinstance(leaf, Tensor) and site.layout.endswith("k o")
-    return leaf.mT.contiguous() if turned else leaf
-
-
-def _leaf_of(step: Step, graph: ModuleGraph, site: Site, parts: Sequence[Solved]) -> Any:
-    if all(part.leaf is None for part in parts):
-        return None
-    if site.route is None:
-        return _laid(site, parts[0].leaf)
-    leaves = [
-        graph.leaf_ok(site, e) if part.leaf is None else part.leaf
-        for e, part in zip(_experts(site, parts), parts)
-    ]
-    try:
-        return _laid(site, _stacked(leaves))
-    except QlabError as error:
-        raise QlabError(f"{graph.where(site)}: of what {step.name} made {error}") from error
-
-
-def _target_of(graph: ModuleGraph, site: Site, parts: Sequence[Solved]) -> Tensor:
-    targets = [
-        graph.target_ok(site, e) if part.target is None else part.target
-        for e, part in zip(_experts(site, parts), parts)
-    ]
-    return _laid(site, targets[0] if site.route is None else torch.stack(targets))
-
-
-def _support_of(graph: ModuleGraph, site: Site, parts: Sequence[Solved]) -> Tensor | None:
-    if all(part.support is None for part in parts):
-        return None
-    everywhere = next(torch.ones_like(part.support) for part in parts if part.support is not None)
-    supports: list[Tensor] = []
-    for e, part in zip(_experts(site, parts), parts):
-        before = graph.support_ok(site, e)
-        supports.append(
-            part.support if part.support is not None else everywhere if before is None else before
-        )
-    return supports[0] if site.route is None else torch.stack(supports)
-
-
-def _form(leaf: Any) -> Any:
-    """What leaves have to share to be stacked."""
-    parts, form = pytree.tree_flatten(leaf)
-    return [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in parts], form
-
-
-def _stacked(leaves: Sequence[Any]) -> Any:
-    """Leaves [o, k] of all experts as one [e, o, k]. Refuses experts of unlike leaves."""
-    first, *others = (_form(leaf) for leaf in leaves)
-    unlike = next((e + 1 for e, other in enumerate(others) if other != first), None)
-    if unlike is not None:
-        raise QlabError(
-            f"expert {unlike} is unlike expert 0, and all experts lie in one leaf; give each the "
-            "same form, ranks and dtypes"
-        )
-    return pytree.tree_map(lambda *parts: None if parts[0] is None else torch.stack(parts), *leaves)
-
-
 # ------------------------------------------------------------------ one weight
 def solve_weight(
     step: Step,
@@ -263,6 +141,53 @@ def solve_weight(
     expert: int | None = None,
 ) -> Solved:
     """What the step makes of one weight, and its errors. Refuses what no file or report can hold.
+
+    A step by rows makes it in parts, each from the cast to fp32 to its errors.
+    """
+    W = graph.params[site.weight or ""]
+    if not step.by_rows or step.spec is None or not isinstance(W, Tensor):
+        return _solve_rows(step, graph, site, seen, expert)
+    o, k = W.shape[-2:]
+    shape = torch.Size((k, o) if site.layout.endswith("k o") else (o, k))
+    parts = [
+        _solve_rows(step, _with_rows(graph, site, rows), site, seen, expert)
+        for rows, _ in step.spec.tile.parts(shape, AT_ONCE)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return Solved(
+        leaf=joined_rows([part.leaf for part in parts]),
+        target=None,
+        support=None,
+        note=merged([part.note for part in parts]),
+        errors=joined_errors([part.errors for part in parts]),
+    )
+
+
+def _with_rows(graph: ModuleGraph, site: Site, rows: slice) -> ModuleGraph:
+    """The graph with some rows of a site's dense weight, its target and its support."""
+    name = site.weight or ""
+    rows_of_leaf = (..., rows) if site.layout.endswith("k o") else (..., rows, slice(None))
+
+    def cut(tensors: Mapping[str, Any], index: Any) -> dict[str, Any]:
+        return {**tensors, name: tensors[name][index]} if name in tensors else dict(tensors)
+
+    return replace(
+        graph,
+        params=cut(graph.params, rows_of_leaf),
+        targets=cut(graph.targets, rows_of_leaf),
+        supports=cut(graph.supports, (..., rows, slice(None))),
+    )
+
+
+def _solve_rows(
+    step: Step,
+    graph: ModuleGraph,
+    site: Site,
+    seen: Mapping[str, Any],
+    expert: int | None,
+) -> Solved:
+    """`solve_weight` of all rows of the graph's weight.
 
     The step gets copies and its leaf is copied, so that it may write to both, now and later.
     """

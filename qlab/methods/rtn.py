@@ -8,7 +8,7 @@ from torch import Tensor
 from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import Transform, costing, each_weight
+from qlab.algebra.transform import Transform, costing, each_row, each_weight
 from qlab.methods.grid import Grid, encode, encode_rows, minmax
 
 
@@ -31,15 +31,17 @@ def rtn(spec: Spec, grid: Grid = minmax) -> Transform:
         ('rtn', 'int4-g64', 'grid minmax', [])
     """
 
-    def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
-        outer = stats.get("outer")
-        note = {"grid": grid.name}
-        if not grid.weighted:
-            return encode(grid, W_ok, spec, outer=outer), note
-        moment = stats["second_moment"]
+    note, detail = {"grid": grid.name}, f"grid {grid.name}"
+
+    def by_range(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, dict]:
+        return encode(grid, W_ok, spec, outer=stats.get("outer")), note
+
+    def by_moment(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, dict]:
+        moment, outer = stats["second_moment"], stats.get("outer")
         q, _ = encode_rows(grid, W_ok, spec, moment.mean_square_k, moment.output_errors, outer)
         return q, note
 
-    stages = each_weight("rtn", fn, spec, grid.needs, f"grid {grid.name}")
+    if not grid.weighted:
+        return costing(each_row("rtn", by_range, spec, detail), Operations(rows=0))
     # errors of both grids' rows by the second moment, and the loss
-    return costing(stages, Operations(rows=7 if grid.weighted else 0))
+    return costing(each_weight("rtn", by_moment, spec, grid.needs, detail), Operations(rows=7))
