@@ -4,6 +4,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -208,8 +209,8 @@ def _add_run(words: Words, jobs: Path, resume: bool, json_file: Path | None) -> 
         else "one piece, since its blocks depend on each other (--inputs reference divides it)"
     )
     console().print(
-        f"{words.out} is to be made in {pieces}; start `qlab work {jobs} --shard i/n` wherever "
-        "this folder is shared",
+        f"{words.out} is to be made in {pieces}; start "
+        f"`qlab work {quote(str(jobs))} --shard i/n` wherever this folder is shared",
         soft_wrap=True,
     )
     report({"folder": str(run.folder), "out": str(words.out), "pieces": count}, json_file)

@@ -2,9 +2,10 @@
 starts."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from qlab.cli.dividing import pieces_of
 from qlab.cli.options import Json
 from qlab.cli.output import console, report
 from qlab.errors import QlabError, Unwritable
-from qlab.process.progress import say
+from qlab.process.progress import progress, say
 from qlab.process.shown import Shown, some
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def work(folder: str | Path, *, shard: tuple[int, int] = (1, 1)) -> Worked:
 
     Raises:
         QlabError: A shard that is none; a folder without runs, or one whose file system cannot
-            rename; a run whose model, data or versions are others here; and what `quantize`
-            refuses.
+            rename. Behind all other runs: one whose model, data or versions are others here, or
+            whose output is gone; and what `quantize` refuses.
 
     Example:
         >>> import qlab
@@ -76,18 +77,9 @@ def work(folder: str | Path, *, shard: tuple[int, int] = (1, 1)) -> Worked:
         >>> [path.name for path in worked.whole], worked.left
         (['shared-int4'], {})
     """
-    from qlab.files.runs import runs_of
-
-    first, shards = _checked(*shard)
-    jobs, made = Path(os.path.expanduser(folder)), 0
-    runs, left = runs_of(jobs), {}
-    for run in runs:
-        if not run.is_whole:
-            here, lacking = _done(run, jobs, first, shards)
-            made += here
-            if not run.is_whole:
-                left[run.out] = lacking
-    return Worked(made=made, whole=tuple(run.out for run in runs if run.is_whole), left=left)
+    worked, refusals = _worked(folder, *_checked(*shard))
+    _refuse(refusals)
+    return worked
 
 
 def work_on(
@@ -98,17 +90,18 @@ def work_on(
     json_file: Json = None,
 ) -> None:
     """Do what is not done of the runs in a shared folder; any number of processes may."""
-    worked = work(folder, shard=_parsed(shard))
+    worked, refusals = _worked(folder, *_parsed(shard))
     for path in worked.whole:
         console().print(f"{path} is in place", soft_wrap=True)
     for path, pieces in worked.left.items():
         rest = f"{pieces} pieces are not made yet" if pieces else "all pieces are made"
         console().print(
             f"{path}: {rest}, and another process works on it; whoever ends last puts it in "
-            f"place, and so does `qlab work {folder}`",
+            f"place, and so does `qlab work {quote(str(folder))}`",
             soft_wrap=True,
         )
     report(worked.json(), json_file)
+    _refuse(refusals)
 
 
 # ------------------------------------------------------------------ shards
@@ -121,10 +114,9 @@ def _parsed(text: str) -> tuple[int, int]:
 
 def _checked(first: int, shards: int) -> tuple[int, int]:
     if not 1 <= first <= shards:
-        raise QlabError(
-            f"there is no shard {first}/{shards}; shards count from 1/{max(1, shards)} to "
-            f"{max(1, shards)}/{max(1, shards)}"
-        )
+        ends = f"shards count from 1/{shards} to {shards}/{shards}"
+        ends = ends if shards > 0 else "a run has at least one part"
+        raise QlabError(f"there is no shard {first}/{shards}; {ends}")
     return first, shards
 
 
@@ -134,6 +126,39 @@ def _in_turn(count: int, first: int, shards: int) -> Iterator[int]:
     own = range(count * (first - 1) // shards, count * first // shards)
     yield from own
     yield from (index for index in reversed(range(count)) if index not in own)
+
+
+# ------------------------------------------------------------------ all runs
+def _worked(folder: str | Path, first: int, shards: int) -> tuple[Worked, dict[Path, QlabError]]:
+    """What was made, and the outputs whose runs are refused: one that cannot be made keeps no other
+    from it."""
+    from qlab.files.runs import runs_of
+
+    jobs, made = Path(os.path.expanduser(folder)), 0
+    whole: list[Path] = []
+    left: dict[Path, int] = {}
+    refusals: dict[Path, QlabError] = {}
+    for run in runs_of(jobs):
+        try:
+            if not run.is_whole:
+                here, lacking = _done(run, jobs, first, shards)
+                made += here
+                if not run.is_whole:
+                    left[run.out] = lacking
+        except Unwritable:  # as on a full disk: the next run would end there, too
+            raise
+        except QlabError as error:
+            refusals[run.out] = error
+        else:
+            whole += [] if run.out in left else [run.out]
+    return Worked(made=made, whole=tuple(whole), left=left), refusals
+
+
+def _refuse(refusals: Mapping[Path, QlabError]) -> None:
+    if refusals:
+        (out, why), *others = refusals.items()
+        more = f"; nor is {some([str(other) for other, _ in others])}" if others else ""
+        raise QlabError(f"{out} is not made: {why}{more}")
 
 
 # ------------------------------------------------------------------ one run
@@ -146,7 +171,8 @@ def _done(run: "PlannedRun", jobs: Path, first: int, shards: int) -> tuple[int, 
     parts = Parts(run.parts, pieces.count, pieces.source)
     while True:
         turn = [i for i in _in_turn(pieces.count, first, shards) if not parts.is_written(i)]
-        made += sum(_made(run, pieces, parts, index) for index in turn)
+        doing = progress(turn, f"making the pieces of {run.out}") if turn else ()
+        made += sum(_made(run, pieces, parts, index) for index in doing)
         lacking = sum(not parts.is_written(i) for i in range(pieces.count))
         if lacking or not _finished(run, pieces, parts):
             return made, lacking

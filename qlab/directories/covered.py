@@ -1,7 +1,6 @@
 """Whether a directory holds what the recipe in its qlab.json makes of the model: no weight left
 unquantized, and none on another grid."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ from qlab.algebra.spec import parse_spec
 from qlab.errors import QlabError
 from qlab.model.modules import Modules
 from qlab.model.uncounted import uncounted
+from qlab.process.shown import family
 
 LEFT = "it is not quantized, and the recorded recipe covers it"
 
@@ -26,7 +26,7 @@ def unlike_recipe(model: Modules, record: Mapping[str, Any]) -> dict[str, str]:
     stages = list(_stages(job))
     specs = {name: row["spec"] for name, row in record.get("sites", {}).items() if "spec" in row}
     quantized = [*model.checkpoint.quantized, *(name for name, spec in specs.items() if spec)]
-    left_out = partial(_left_out, stages, {_kind(name) for name in quantized})
+    left_out = partial(_left_out, stages, {family(name) for name in quantized})
     faults = {name: LEFT for name, spec in specs.items() if not spec and left_out(name)}
     if not converted:
         faults |= _on_other_grids(stages, specs)
@@ -50,7 +50,7 @@ def _first_job(job: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
 def _left_out(stages: Sequence[tuple[Scope, str]], kinds: Set[str], name: str) -> bool:
     """Whether a stage reaches an unquantized weight, and the same weight of other blocks is
     quantized. kinds: of all quantized weights."""
-    if _kind(name) not in kinds:
+    if family(name) not in kinds:
         return False
     return any(name in scope and not scope.outside for scope, _ in stages)
 
@@ -75,11 +75,6 @@ def _stages(job: Mapping[str, Any]) -> Iterator[tuple[Scope, str]]:
             yield scope_named(stage["scope"]), str(parse_spec(stage["spec"]))
         except (KeyError, TypeError, AttributeError, QlabError):
             continue  # it rounds nothing, or to a grid without a name
-
-
-def _kind(name: str) -> str:
-    """A name without its numbers, which is the same for one weight in all blocks."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _unquantized(model: Modules) -> dict[str, str]:

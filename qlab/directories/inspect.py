@@ -1,7 +1,6 @@
 """What a model directory holds, read from headers and JSON files alone: no tensor is loaded and no
 model is built."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from rich.table import Table
 from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
 from qlab.files.record import recorded
 from qlab.process.extras import needed
-from qlab.process.shown import Shown, size
+from qlab.process.shown import Shown, family, size
 from qlab.process.surroundings import undisturbed
 
 SHOWN = ("spec", "shape", "bits_per_weight", "weight_error", "loss", "tokens", "stored", "bytes")
@@ -118,18 +117,13 @@ class Inspection(Shown):
 
     def _families(self) -> Table:
         """One row for all modules whose names differ in numbers only, and that hold the same."""
-        rows = [(_family(name), row["spec"], row["stored"]) for name, row in self.sites.items()]
-        rows += [(_family(name), "-", stored) for name, stored in self.unquantized.items()]
+        rows = [(family(name), row["spec"], row["stored"]) for name, row in self.sites.items()]
+        rows += [(family(name), "-", stored) for name, stored in self.unquantized.items()]
         table = Table("weights", "count", "spec", "stored", title=str(self.path))
         table.columns[0].overflow = "fold"
         for (name, spec, stored), count in Counter(rows).items():
             table.add_row(name, str(count), spec, stored)
         return table
-
-
-def _family(name: str) -> str:
-    """A name with a star in the place of each number."""
-    return re.sub(r"\d+", "*", name)
 
 
 def _others(row: Mapping[str, Any]) -> str:

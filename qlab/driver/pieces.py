@@ -20,7 +20,7 @@ from qlab.driver.plan import plan_of
 from qlab.driver.quantize import quantize
 from qlab.driver.ranks import Ranks
 from qlab.driver.run import Run, finish, write_outside, write_solved
-from qlab.driver.scan import Scan, begin, solved_blocks
+from qlab.driver.scan import Scan, begin, solved_block
 from qlab.driver.segments import Solver
 from qlab.driver.shelved import Keeping, Known
 from qlab.driver.write import identity_of
@@ -110,7 +110,7 @@ class Blocks:
             return
         scan = self._scan
         self._check_first_alone(run, index - 1)
-        for block in solved_blocks(replace(scan, todo=[index - 1])):
+        for block in solved_block(scan, index - 1):
             write_solved(self.skeleton, run, block, scan.calls[0][block.after.path])
 
     @undisturbed

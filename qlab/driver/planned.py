@@ -13,7 +13,7 @@ from qlab.driver.expense import Devices, Expense, at_rates
 from qlab.driver.schedule import Row
 from qlab.errors import QlabError
 from qlab.files.record import bits_per_weight
-from qlab.process.shown import Shown, size, some
+from qlab.process.shown import Shown, by_family, size, some
 
 MiB = 1 << 20
 
@@ -118,7 +118,7 @@ class Plan(Shown):
         return {
             "stages": "; ".join(stages),
             "weights": f"{quantized} quantized, {self.bits_per_weight:.3f} bits per weight",
-            "stays unquantized": some(self.unquantized) or "nothing",
+            "stays unquantized": some(by_family(self.unquantized)) or "nothing",
             "passes": (
                 f"{self.passes} over {self.tokens:,} tokens; statistics: "
                 f"{', '.join(self.statistics) or 'none'}"
@@ -164,8 +164,8 @@ class Plan(Shown):
         )
         for row in self.schedule:
             if row.unseen:
-                yield f"{row.step} sees no attention in: {', '.join(row.unseen)}"
-        yield f"stays unquantized: {', '.join(self.unquantized) or 'nothing'}"
+                yield f"{row.step} sees no attention in: {', '.join(by_family(row.unseen))}"
+        yield f"stays unquantized: {', '.join(by_family(self.unquantized)) or 'nothing'}"
         yield (
             f"{self.passes} passes over {self.tokens:,} tokens; statistics: "
             f"{', '.join(self.statistics) or 'none'}"

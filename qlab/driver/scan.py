@@ -95,6 +95,7 @@ def begin(
         reached = Reached(skeleton, calls, [reference for (reference,) in carries])
     elif carries and numbers:
         refuse_unseen([carry.path for carry in carries[numbers[0]]], ranks)
+    _return_freed_memory()
     return Scan(
         skeleton=skeleton,
         solvers=solvers,
@@ -131,29 +132,33 @@ def _refuse_writing(path: Path, fill: Any) -> None:
 def solved_blocks(scan: Scan) -> Iterator[Solved]:
     """Every block of a pass that is to be solved, as each job solves it. The pass itself holds one
     block at a time."""
-    _return_freed_memory()
-    skeleton, data, paths = scan.skeleton, scan.data, list(scan.skeleton.blocks)
-    ranks = scan.solvers[0].ranks
+    data = scan.data
     doing = "quantizing blocks" if data is None else f"quantizing blocks on {data.count:,} tokens"
-    for i in progress(scan.todo, doing) if ranks.is_first else scan.todo:
-        call = scan.calls[0][paths[i]]
-        tokens = [] if data is None else [_tokens(of_batch[paths[i]]) for of_batch in scan.calls]
-        solved = partial(solved_by_each, skeleton, scan.solvers, call, i, tokens)
-        if scan.reached is not None:
-            entering, leaving = scan.reached.entering(i), scan.reached.leaving(i)
-            yield from solved([entering], leaving, scan.shelved)
-            continue
-        before, after = (
-            ([], [])
-            if data is None
-            else (scan.carries[i], scan.carries[i + 1] if i + 1 < len(paths) else [])
-        )
-        streams: list[Batches] = [
-            own(Entering(scan.calls, paths[i], carry, skeleton.device), ranks) for carry in before
-        ]
-        yield from solved(streams or [_no_batches], after)
-        for carry in before if after and ranks.is_first else ():
-            carry.path.unlink(missing_ok=True)
+    for i in progress(scan.todo, doing) if scan.solvers[0].ranks.is_first else scan.todo:
+        yield from solved_block(scan, i)
+
+
+def solved_block(scan: Scan, i: int) -> Iterator[Solved]:
+    """Block i of a pass, as each job solves it."""
+    skeleton, path = scan.skeleton, list(scan.skeleton.blocks)[i]
+    ranks, count = scan.solvers[0].ranks, len(scan.skeleton.blocks)
+    tokens = [] if scan.data is None else [_tokens(of_batch[path]) for of_batch in scan.calls]
+    solved = partial(solved_by_each, skeleton, scan.solvers, scan.calls[0][path], i, tokens)
+    if scan.reached is not None:
+        entering, leaving = scan.reached.entering(i), scan.reached.leaving(i)
+        yield from solved([entering], leaving, scan.shelved)
+        return
+    before, after = (
+        ([], [])
+        if scan.data is None
+        else (scan.carries[i], scan.carries[i + 1] if i + 1 < count else [])
+    )
+    streams: list[Batches] = [
+        own(Entering(scan.calls, path, carry, skeleton.device), ranks) for carry in before
+    ]
+    yield from solved(streams or [_no_batches], after)
+    for carry in before if after and ranks.is_first else ():
+        carry.path.unlink(missing_ok=True)
 
 
 def _tokens(call: Call) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -303,7 +304,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if folder.suffix == GGUF and folder.is_file():
         raise QlabError(
             f"{folder} is a GGUF file, which is converted first: "
-            f"`qlab convert {folder} --codec compressed-tensors --out DIR`"
+            f"`qlab convert {quote(str(folder))} --codec compressed-tensors --out DIR`"
         )
     if not folder.is_dir():
         raise QlabError(f"{folder} is not a model directory; give the path of one, or 'demo'")

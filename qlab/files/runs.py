@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from qlab.errors import QlabError
@@ -91,7 +92,8 @@ def runs_of(folder: Path) -> list[PlannedRun]:
     runs = _runs(folder)
     if not runs:
         raise QlabError(
-            f"{folder} holds no runs to work on; `qlab quantize ... --jobs {folder}` adds one"
+            f"{folder} holds no runs to work on; "
+            f"`qlab quantize ... --jobs {quote(str(folder))}` adds one"
         )
     refuse_without_rename(folder)
     return runs

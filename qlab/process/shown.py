@@ -1,6 +1,7 @@
 """Results as people see them: a few lines where they are printed, a table in a notebook. Fields and
 `json()` of a result hold everything."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -40,6 +41,22 @@ def some(names: Sequence[str], count: int = 4) -> str:
     """The first `count` names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
+
+
+def family(name: str) -> str:
+    """A name with a star in the place of each number between dots."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def by_family(names: Sequence[str]) -> list[str]:
+    """The names in order, those of one family as one entry with their count."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(family(name), []).append(name)
+    return [
+        members[0] if len(members) == 1 else f"{name} ({len(members)})"
+        for name, members in families.items()
+    ]
 
 
 def size(count: int) -> str:

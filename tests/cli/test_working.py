@@ -278,6 +278,35 @@ def test_a_folder_without_atomic_renames_is_refused(jobs, tmp_path, monkeypatch)
         refused(lambda: work(folder), str(folder), "atomically")
 
 
+def test_a_run_that_is_refused_keeps_no_other_from_being_made(jobs, model, tmp_path, command):
+    """In whichever order they come, and the ones that are made are said."""
+    lost = jobs(*DATA_FREE)
+    (run,) = (lost / "runs").iterdir()
+    said = json.loads((run / "run.json").read_text())
+    said["words"]["model"] = str(tmp_path / "moved")
+    (run / "run.json").write_text(json.dumps(sealed(said)))
+    for name in ("first", "second"):
+        jobs(*DATA_FREE, out=name)
+    code, printed, error = command(qlab.cli.main, "work", lost)
+    assert code == 2 and error.splitlines()[-1].startswith(f"qlab: {tmp_path / 'out'} is not made")
+    assert str(tmp_path / "moved") in error
+    assert all(f"{tmp_path / name} is in place" in printed for name in ("first", "second"))
+    refused(lambda: work(lost), str(tmp_path / "moved"))
+
+
+def test_progress_names_the_run_and_counts_its_pieces(jobs, tmp_path, capsys):
+    work(jobs(*DATA_FREE))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"making the pieces of {tmp_path / 'out'}: 1 of 4")
+    assert not [line for line in lines if "quantizing blocks" in line]
+
+
+def test_commands_that_are_told_can_be_pasted(command, tmp_path):
+    folder = tmp_path / "of us"
+    folder.mkdir()
+    assert f"--jobs '{folder}'" in command(qlab.cli.main, "work", folder)[2]
+
+
 def test_an_output_that_was_taken_away_is_named(jobs, tmp_path):
     folder = jobs(*DATA_FREE)
     work(folder)
