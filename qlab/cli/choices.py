@@ -324,7 +324,9 @@ def _data(model: "Checkpoint", recipe: "Transform", choices: Choices) -> "Data |
     if images:
         return image_samples(model, images, choices.samples, choices.length, choices.seed)
     if not model.has_weights:
-        refuse_unused(calib, images, "a configuration alone has no tokenizer; plan by --samples")
+        refuse_unused(
+            calib, images, "a configuration alone has no tokenizer", "and plan by --samples"
+        )
         return unread_windows(choices.samples, choices.length)
     if not calib and not is_demo(model):
         say(
@@ -335,11 +337,13 @@ def _data(model: "Checkpoint", recipe: "Transform", choices: Choices) -> "Data |
     return tokens(model, texts, choices.samples, choices.length, choices.seed)
 
 
-def refuse_unused(calib: Sequence[Path] | None, images: Sequence[Path] | None, why: str) -> None:
+def refuse_unused(
+    calib: Sequence[Path] | None,
+    images: Sequence[Path] | None,
+    why: str,
+    instead: str = "or choose a method that is calibrated, such as gptq",
+) -> None:
     """Refuse a text that changes nothing: whoever gives one takes it for one that does."""
     if calib or images:
         option = "--calib" if calib else "--images"
-        raise QlabError(
-            f"{option} would not be used, since {why}; leave it out, or choose a method that is "
-            "calibrated, such as gptq"
-        )
+        raise QlabError(f"{option} would not be used, since {why}; leave it out, {instead}")

@@ -327,9 +327,14 @@ def _shards(folder: Path, listed: Mapping[str, str]) -> list[Path]:
     )
     if not shards:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        instead = f" but {pickles[0]}, a pickle, which qlab never loads" if pickles else ""
+        if not pickles:
+            raise QlabError(
+                f"{folder} holds no safetensors files, so it has no weights; add those of the "
+                "model (a configuration alone can be planned)"
+            )
         raise QlabError(
-            f"{folder} holds no safetensors files{instead}; convert the model to safetensors first"
+            f"{folder} holds no safetensors files but {pickles[0]}, a pickle, which qlab never "
+            "loads; convert the model to safetensors first"
         )
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:

@@ -101,7 +101,7 @@ def test_only_a_plan_takes_a_configuration_alone(alone, tmp_path, command):
     code, _, said = command(
         cli.main, "quantize", folder, "--method", "rtn", "--out", tmp_path / "o"
     )
-    assert code == 2 and "safetensors" in said
+    assert code == 2 and "safetensors" in said and "no weights" in said
     text = tmp_path / "my.jsonl"
     text.write_text('{"text": "a"}\n')
     code, _, said = command(cli.main, "plan", folder, "--calib", text)
