@@ -98,6 +98,16 @@ def test_the_compiled_model_decodes_like_the_eager_one(saved, tmp_path):
     assert seen.count("aten._scaled_dot_product") == 0
 
 
+def test_a_mixture_compiles_into_one_graph(saved, tmp_path):
+    source = open_checkpoint(saved("mixtral", num_hidden_layers=1))
+    path = qlab.quantize(source, rtn(parse_spec("int4-g32")), None, tmp_path / "out").path
+    model = lower(path, dtype=torch.float32, dense_cache=True)
+    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
+    call = lambda x: model(input_ids=x, use_cache=False).logits
+    compiled = torch.compile(call, fullgraph=True, options=inductor_options())
+    torch.testing.assert_close(compiled(ids), call(ids), rtol=1e-4, atol=1e-4)
+
+
 def test_freezing_with_max_autotune_keeps_the_weight_packed(on):
     """Inductor's int4 template competes; the dequantized weight of the many-token product is not
     folded into a constant, where it is written out (with units for bf16) and where it is left to

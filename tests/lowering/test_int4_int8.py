@@ -15,6 +15,7 @@ from lowering_cases import CPU, activations, calm, random_leaf
 import qlab
 from qlab.algebra.qtensor import dense
 from qlab.algebra.spec import Int, Tile
+from qlab.bench.generate import FROM_CPP
 from qlab.errors import QlabError
 from qlab.lowering import QExperts, QLinear, inductor_options
 from qlab.lowering.weights import int4_int8, kernels
@@ -247,7 +248,7 @@ def test_a_compiled_graph_has_one_node_and_the_same_bits():
     def look(graph):
         seen.extend(node for node in graph.nodes if "int4_int8" in str(node.target))
 
-    options = inductor_options(cpp_wrapper=True, post_grad_custom_post_pass=look)
+    options = inductor_options(**FROM_CPP, post_grad_custom_post_pass=look)
     with torch.no_grad():
         assert torch.equal(torch.compile(module, fullgraph=True, options=options)(x), module(x))
     assert [str(node.target) for node in seen] == ["qlab.int4_int8_forward.default"]

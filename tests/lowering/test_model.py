@@ -127,18 +127,6 @@ def test_one_token_attention_gives_what_the_models_own_attention_gives(quantized
     )
 
 
-def test_a_mixture_compiles_into_one_graph(quantized):
-    result = quantized("mixtral", SPECS["mixtral"])
-    model = lower(result, dtype=torch.float32, dense_cache=True)
-    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
-    compiled = torch.compile(
-        lambda x: model(input_ids=x, use_cache=False).logits,
-        fullgraph=True,
-        options=qlab.inductor_options(),
-    )
-    torch.testing.assert_close(compiled(ids).double(), logits(model, ids), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generate_works_and_stops_where_the_directory_says(quantized, cache):
     model = lower(quantized().path)
