@@ -1,9 +1,10 @@
 """C++ sources of this package as loaded libraries, compiled on first use.
 
 The compiler is the one that torch.compile uses. An object lies in the folder `compiled` beside the
-config cache, under a name of two hashes: of all that it was made of (source, compiler, options,
-torch), and of its own bytes. So one of an older source is not found, a truncated one is not loaded,
-and processes that compile at the same time write the same file or different ones, each by a rename.
+config cache, under a name of two hashes: of all that it was made of (source, headers, compiler,
+options, torch), and of its own bytes. So one of an older source is not found, a truncated one is
+not loaded, and processes that compile at the same time write the same file or different ones, each
+by a rename.
 """
 
 import contextlib
@@ -80,7 +81,9 @@ def _hash_of_inputs(source: Path, compiler: str) -> str:
     """16 hex digits over all that an object depends on."""
     version = _run([compiler, "--version"]).stdout
     parts = (compiler, version, *OPTIONS, torch.__version__, platform.machine())
-    return hashlib.sha256("\n".join(parts).encode() + source.read_bytes()).hexdigest()[:16]
+    sources = (source, *sorted(source.parent.glob("*.h")))
+    read = b"".join(path.read_bytes() for path in sources)
+    return hashlib.sha256("\n".join(parts).encode() + read).hexdigest()[:16]
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@
 //
 // Names: m tokens, n rows, k channels, b blocks, t a token, MT tokens that share a loaded block of W.
 
-#include <torch/csrc/stable/c/shim.h>
+#include "arguments.h"
 
 #include <immintrin.h>
 #include <algorithm>
@@ -547,54 +547,8 @@ void multiply(const Input& x, const Weight& w, const Output& y, int64_t path) {
 }
 
 // ---------------------------------------------------------------- as torch's operators
-struct Argument {                          // a tensor that the dispatcher hands over, to be freed
-  AtenTensorHandle handle;
-  explicit Argument(StableIValue value) { std::memcpy(&handle, &value, sizeof handle); }
-  ~Argument() { aoti_torch_delete_tensor_object(handle); }
-  Argument(const Argument&) = delete;
-
-  char* data() const {
-    void* address = nullptr;
-    aoti_torch_get_data_ptr(handle, &address);
-    return static_cast<char*>(address);
-  }
-  int64_t size(int64_t axis) const {
-    int64_t value = 0;
-    aoti_torch_get_size(handle, axis, &value);
-    return value;
-  }
-  int64_t stride(int64_t axis) const {
-    int64_t value = 0;
-    aoti_torch_get_stride(handle, axis, &value);
-    return value;
-  }
-  int32_t dtype() const {
-    int32_t value = 0;
-    aoti_torch_get_dtype(handle, &value);
-    return value;
-  }
-  Kind kind() const {
-    return dtype() == aoti_torch_dtype_float32() ? F32 : dtype() == aoti_torch_dtype_float16() ? F16 : BF16;
-  }
-};
-
-AtenTensorHandle empty(int64_t m, int64_t n, int32_t dtype) {
-  const int64_t sizes[] = {m, n}, strides[] = {n, 1};
-  AtenTensorHandle made = nullptr;
-  aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made);
-  return made;
-}
-
-StableIValue value_of(AtenTensorHandle handle) {
-  StableIValue value = 0;
-  std::memcpy(&value, &handle, sizeof handle);
-  return value;
-}
-
-char* data_of(AtenTensorHandle handle) {
-  void* address = nullptr;
-  aoti_torch_get_data_ptr(handle, &address);
-  return static_cast<char*>(address);
+Kind kind_of(const Argument& x) {
+  return x.dtype() == aoti_torch_dtype_float32() ? F32 : x.dtype() == aoti_torch_dtype_float16() ? F16 : BF16;
 }
 
 Weight weight(const Argument& words, const Argument& scales, const Argument& zeros, int64_t axis, int64_t n, int64_t group) {
@@ -602,7 +556,7 @@ Weight weight(const Argument& words, const Argument& scales, const Argument& zer
   return {
       reinterpret_cast<const uint8_t*>(words.data()),
       scales.data(),
-      scales.kind(),
+      kind_of(scales),
       reinterpret_cast<const int8_t*>(none),
       n,
       words.size(axis),
@@ -614,9 +568,9 @@ Weight weight(const Argument& words, const Argument& scales, const Argument& zer
 void boxed_mm(StableIValue* stack, uint64_t, uint64_t) {
   const Argument x(stack[0]), words(stack[1]), scales(stack[2]), zeros(stack[3]);
   const int64_t n = int64_t(stack[4]), group = int64_t(stack[5]), path = int64_t(stack[6]);
-  AtenTensorHandle y = empty(x.size(0), n, x.dtype());
-  const Input input{x.data(), x.kind(), x.size(0), x.size(1), x.stride(0), x.stride(1)};
-  multiply(input, weight(words, scales, zeros, 1, n, group), {data_of(y), x.kind(), n}, path);
+  AtenTensorHandle y = empty({x.size(0), n}, x.dtype());
+  const Input input{x.data(), kind_of(x), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+  multiply(input, weight(words, scales, zeros, 1, n, group), {data_of(y), kind_of(x), n}, path);
   stack[0] = value_of(y);
 }
 
@@ -625,13 +579,13 @@ void boxed_mm(StableIValue* stack, uint64_t, uint64_t) {
 void boxed_grouped_mm(StableIValue* stack, uint64_t, uint64_t) {
   const Argument x(stack[0]), words(stack[1]), scales(stack[2]), zeros(stack[3]), ends(stack[4]);
   const int64_t n = int64_t(stack[5]), group = int64_t(stack[6]), path = int64_t(stack[7]);
-  AtenTensorHandle y = empty(x.size(0), n, x.dtype());
+  AtenTensorHandle y = empty({x.size(0), n}, x.dtype());
   Weight w = weight(words, scales, zeros, 2, n, group);
-  const int64_t numbers = w.row_blocks() * w.groups() * ROWS, size = size_of(x.kind());
+  const int64_t numbers = w.row_blocks() * w.groups() * ROWS, size = size_of(kind_of(x));
   const int64_t* last = reinterpret_cast<const int64_t*>(ends.data());
   for (int64_t e = 0, first = 0; e < words.size(0); first = last[e++]) {
-    const Input rows{x.data() + first * x.stride(0) * size, x.kind(), last[e] - first, x.size(1), x.stride(0), x.stride(1)};
-    multiply(rows, w, {data_of(y) + first * n * size, x.kind(), n}, path);
+    const Input rows{x.data() + first * x.stride(0) * size, kind_of(x), last[e] - first, x.size(1), x.stride(0), x.stride(1)};
+    multiply(rows, w, {data_of(y) + first * n * size, kind_of(x), n}, path);
     w.words += w.row_blocks() * w.blocks * w.block_bytes();
     w.scales += numbers * size_of(w.scale_kind);
     w.zeros += w.zeros ? numbers : 0;

@@ -1,5 +1,6 @@
 // y [b, h, g, e] = softmax(q . k + mask) v on a CPU, of one new token in each of b rows: q [b, h, g, d] of the g query
-// heads that share a key head, keys [b, h, l, d] and values [b, h, l, e] where they lie.
+// heads that share a key head, keys [b, h, l, d] and values [b, h, l, e] where they lie; or keys [slots, h, d] and values
+// [slots, h, e], of which row b reads those in the slots at [b, l].
 //
 //     s_l = q . k_l         over channels, in 16 partial sums that are added as a tree
 //     p_l = exp(s_l - max s) / sum exp(s - max s)
@@ -10,7 +11,7 @@
 //
 // Names: T a number of keys and values, G query heads that share what is loaded, lanes the 16 numbers of a vector.
 
-#include <torch/csrc/stable/c/shim.h>
+#include "arguments.h"
 
 #include <algorithm>
 #include <cmath>
@@ -32,6 +33,7 @@ struct Problem {                           // strides in numbers; channels lie s
   const float* q;                          // [b, h, g, d], scaled, contiguous
   const void *k, *v;
   const bool* mask;                        // [b, l], or null
+  const int64_t* at;                       // [b, l], contiguous, or null
   float* y;                                // [b, h, g, e], contiguous
   int64_t b, h, g, l, d, e;
   int64_t k_b, k_h, k_l, v_b, v_h, v_l, mask_b, mask_l;
@@ -137,14 +139,18 @@ INLINE L exponential(const L& of) {
 }
 
 // ---------------------------------------------------------------- one key head of one row
+// Where position l lies, in strides.
+INLINE int64_t place(const int64_t* at, int64_t l) { return at ? at[l] : l; }
+
 // s [G, l]: q . k, and -inf where the mask leaves a position out
 template <int64_t G, class L, class T>
-INLINE void score(const Problem& p, const float* q, const T* k, const bool* mask, float* s) {
-  for (int64_t l = 0; l < p.l; l++, k += p.k_l) {
+INLINE void score(const Problem& p, const float* q, const T* keys, const int64_t* at, const bool* mask, float* s) {
+  for (int64_t l = 0; l < p.l; l++) {
     if (mask && !mask[l * p.mask_l]) {
       UNROLL for (int64_t i = 0; i < G; i++) s[i * p.l + l] = -INFINITY;
       continue;
     }
+    const T* k = keys + place(at, l) * p.k_l;
     L dots[G];
     UNROLL for (int64_t i = 0; i < G; i++) dots[i] = L::all(0);
     int64_t c = 0;
@@ -182,20 +188,20 @@ INLINE void softmax(float* s, int64_t count) {
 
 // y [G, e] = p [G, l] v; two vectors of channels at a time
 template <int64_t G, class L, class T>
-INLINE void mix(const Problem& p, const float* s, const T* v, float* y) {
+INLINE void mix(const Problem& p, const float* s, const T* values, const int64_t* at, float* y) {
   for (int64_t c = 0; c < p.e; c += 2 * LANES) {
     const int64_t left = p.e - c;
     L sums[2][G];
     UNROLL for (int64_t i = 0; i < G; i++) sums[0][i] = sums[1][i] = L::all(0);
-    const T* at = v + c;
-    for (int64_t l = 0; l < p.l; l++, at += p.v_l) {
+    for (int64_t l = 0; l < p.l; l++) {
       bool any = false;
       UNROLL for (int64_t i = 0; i < G; i++) any = any || s[i * p.l + l] != 0.0f;
       if (!any) continue;
-      const L first = L::load_some(at, left);
+      const T* v = values + place(at, l) * p.v_l + c;
+      const L first = L::load_some(v, left);
       UNROLL for (int64_t i = 0; i < G; i++) sums[0][i].add_product(s[i * p.l + l], first);
       if (left <= LANES) continue;
-      const L second = L::load_some(at + LANES, left - LANES);
+      const L second = L::load_some(v + LANES, left - LANES);
       UNROLL for (int64_t i = 0; i < G; i++) sums[1][i].add_product(s[i * p.l + l], second);
     }
     UNROLL for (int64_t i = 0; i < G; i++) {
@@ -206,10 +212,11 @@ INLINE void mix(const Problem& p, const float* s, const T* v, float* y) {
 }
 
 template <int64_t G, class L, class T>
-INLINE void attend_heads(const Problem& p, const float* q, const T* k, const T* v, const bool* mask, float* s, float* y) {
-  score<G, L>(p, q, k, mask, s);
+INLINE void attend_heads(const Problem& p, const float* q, const T* k, const T* v, const int64_t* at, const bool* mask,
+                         float* s, float* y) {
+  score<G, L>(p, q, k, at, mask, s);
   for (int64_t i = 0; i < G; i++) softmax<L>(s + i * p.l, p.l);
-  mix<G, L>(p, s, v, y);
+  mix<G, L>(p, s, v, at, y);
 }
 
 // tasks first..last of b * h
@@ -220,15 +227,16 @@ INLINE void attend(const Problem& p, int64_t first, int64_t last) {
     const int64_t b = task / p.h, h = task % p.h;
     const T* k = static_cast<const T*>(p.k) + b * p.k_b + h * p.k_h;
     const T* v = static_cast<const T*>(p.v) + b * p.v_b + h * p.v_h;
+    const int64_t* at = p.at ? p.at + b * p.l : nullptr;
     const bool* mask = p.mask ? p.mask + b * p.mask_b : nullptr;
     for (int64_t i = 0; i < p.g; i += SOME) {
       const float* q = p.q + (task * p.g + i) * p.d;
       float* y = p.y + (task * p.g + i) * p.e;
       switch (std::min(SOME, p.g - i)) {
-        case 1: attend_heads<1, L>(p, q, k, v, mask, scores.data(), y); break;
-        case 2: attend_heads<2, L>(p, q, k, v, mask, scores.data(), y); break;
-        case 3: attend_heads<3, L>(p, q, k, v, mask, scores.data(), y); break;
-        default: attend_heads<4, L>(p, q, k, v, mask, scores.data(), y);
+        case 1: attend_heads<1, L>(p, q, k, v, at, mask, scores.data(), y); break;
+        case 2: attend_heads<2, L>(p, q, k, v, at, mask, scores.data(), y); break;
+        case 3: attend_heads<3, L>(p, q, k, v, at, mask, scores.data(), y); break;
+        default: attend_heads<4, L>(p, q, k, v, at, mask, scores.data(), y);
       }
     }
   }
@@ -250,21 +258,43 @@ INLINE void run(void* made, int64_t first, int64_t last) {
 void run_portable(int64_t first, int64_t last, void* job) { run<4>(job, first, last); }
 AVX512 void run_avx512(int64_t first, int64_t last, void* job) { run<16>(job, first, last); }
 
+// ---------------------------------------------------------------- as torch's operator
+enum Path : int64_t { BEST, PORTABLE, PATH_AVX512 };
+
+bool has_avx512() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// one_token(Tensor q, Tensor k, Tensor v, Tensor at, Tensor mask, int path) -> Tensor: q fp32 and contiguous; at and mask
+// empty where k and v have rows, and where all is read.
+void boxed_one_token(StableIValue* stack, uint64_t, uint64_t) {
+  const Argument q(stack[0]), k(stack[1]), v(stack[2]), at(stack[3]), mask(stack[4]);
+  const bool is_slots = at.size(0) > 0, is_masked = mask.size(0) > 0;
+  const int64_t b = q.size(0), h = q.size(1), g = q.size(2), d = q.size(3), e = v.size(is_slots ? 2 : 3);
+  AtenTensorHandle y = empty({b, h, g, e}, q.dtype());
+  Job job;
+  job.is_half = k.dtype() == aoti_torch_dtype_bfloat16();
+  Problem& p = job.problem;
+  p.q = reinterpret_cast<const float*>(q.data()), p.k = k.data(), p.v = v.data();
+  p.mask = is_masked ? reinterpret_cast<const bool*>(mask.data()) : nullptr;
+  p.at = is_slots ? reinterpret_cast<const int64_t*>(at.data()) : nullptr;
+  p.y = reinterpret_cast<float*>(data_of(y));
+  p.b = b, p.h = h, p.g = g, p.l = is_slots ? at.size(1) : k.size(2), p.d = d, p.e = e;
+  p.k_b = is_slots ? 0 : k.stride(0), p.k_h = k.stride(1), p.k_l = k.stride(is_slots ? 0 : 2);
+  p.v_b = is_slots ? 0 : v.stride(0), p.v_h = v.stride(1), p.v_l = v.stride(is_slots ? 0 : 2);
+  p.mask_b = is_masked && mask.size(0) > 1 ? mask.stride(0) : 0, p.mask_l = is_masked ? mask.stride(3) : 0;
+  const bool is_wide = has_avx512() && int64_t(stack[5]) != PORTABLE;
+  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, g * p.l * (d + e)));
+  torch_parallel_for(0, b * h, grain, is_wide ? run_avx512 : run_portable, &job);
+  stack[0] = value_of(y);
+}
+
 }  // namespace
 
-// kind: 0 float, 1 bfloat16. sizes: b, h, g, l, d, e. strides: those of k, of v and of the mask. path: 0 the best that
-// the processor runs, 1 portable, 2 AVX-512 where it has that. Returns the path that was taken.
-extern "C" int64_t qlab_one_token(const float* q, const void* k, const void* v, const bool* mask, float* y, int64_t kind,
-                                  const int64_t* sizes, const int64_t* strides, int64_t path) {
-  Job job{{q, k, v, mask, y, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], strides[0], strides[1], strides[2],
-           strides[3], strides[4], strides[5], strides[6], strides[7]},
-          kind == 1};
-  __builtin_cpu_init();
-  const bool has_avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vl");
-  const int64_t taken = has_avx512 && path != 1 ? 2 : 1;
-  const int64_t numbers = job.problem.g * job.problem.l * (job.problem.d + job.problem.e);
-  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, numbers));
-  torch_parallel_for(0, job.problem.b * job.problem.h, grain, taken == 2 ? run_avx512 : run_portable, &job);
-  return taken;
+// Give torch the operator, whose schema is defined in Python. 0 where torch took it.
+extern "C" int32_t qlab_register() {
+  TorchLibraryHandle library = nullptr;
+  const int32_t failed = aoti_torch_library_init_impl("qlab", "CPU", __FILE__, __LINE__, &library);
+  return failed || aoti_torch_library_impl(library, "one_token", boxed_one_token);
 }

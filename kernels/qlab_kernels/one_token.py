@@ -2,9 +2,15 @@
 and values where they lie.
 
     p = softmax(q . k) over the positions that the mask reads,  y = sum p v
+
+    qlab::one_token(q, k, v, at, mask, path) -> y      at [b, l]: the slots that a row reads of keys
+        and values [slots, h, d], or empty where these are [b, h, l, d]; mask empty where all is
+        read; path a number of `PATHS`
+
+The library registers the operator when it is loaded, so that a compiled graph calls it without
+Python. It has no gradient.
 """
 
-import ctypes
 import threading
 from pathlib import Path
 
@@ -14,23 +20,36 @@ from torch import Tensor
 from qlab_kernels.compiled import Uncompiled, library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-DTYPES = (torch.float32, torch.bfloat16)  # of keys and values, in the order of their numbers there
+DTYPES = (torch.float32, torch.bfloat16)  # of keys and values
 PATHS = ("best", "portable", "avx512")  # the best is the last one that the processor runs
 _lock = threading.Lock()
-_made: list[ctypes.CDLL | Uncompiled] = []  # the library, or why there is none; filled once
+_why: list[str | None] = []  # why there is no kernel, or None; filled once
+
+torch.library.define(
+    "qlab::one_token", "(Tensor q, Tensor k, Tensor v, Tensor at, Tensor mask, int path) -> Tensor"
+)
 
 
-def loaded() -> ctypes.CDLL:
-    """The kernel's library. Uncompiled where there is none."""
+@torch.library.register_fake("qlab::one_token")
+def _(q, k, v, at, mask, path):
+    return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+def why_not() -> str | None:
+    """Load the kernel and give torch its operator. Why there is none, or None."""
     with _lock:
-        if not _made:
+        if not _why:
             try:
-                _made.append(library(SOURCE))
+                _why.append(_registered())
             except Uncompiled as error:
-                _made.append(error)
-    if isinstance(_made[0], Uncompiled):
-        raise _made[0]
-    return _made[0]
+                _why.append(str(error))
+    return _why[0]
+
+
+def _registered() -> str | None:
+    if library(SOURCE).qlab_register():
+        return f"torch {torch.__version__} does not take operators of a library"
+    return None
 
 
 def takes(k_bhld: Tensor, v_bhld: Tensor, mask: Tensor | None) -> bool:
@@ -47,26 +66,8 @@ def attend(
     """y [b, h, g, e] in fp32, of q in fp32 that is scaled already, and keys and values that the
     kernel takes. mask: bool [b or 1, 1, 1, l], whether a position is read; a row that reads none is
     zero. path: one of PATHS."""
-    b, h, g, d = q_bhgd.shape
-    q, e = q_bhgd.contiguous(), v_bhle.shape[-1]
-    y = torch.empty(b, h, g, e, dtype=torch.float32)
-    of_mask = (0, 0)
-    if mask is not None:
-        of_mask = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(-1))
-    strides = (*k_bhld.stride()[:3], *v_bhle.stride()[:3], *of_mask)
-    loaded().qlab_one_token(
-        _address(q),
-        _address(k_bhld),
-        _address(v_bhle),
-        _address(mask),
-        _address(y),
-        ctypes.c_int64(DTYPES.index(k_bhld.dtype)),
-        (ctypes.c_int64 * 6)(b, h, g, k_bhld.shape[2], d, e),
-        (ctypes.c_int64 * 8)(*strides),
-        ctypes.c_int64(PATHS.index(path)),
+    at = q_bhgd.new_empty(0, dtype=torch.int64)
+    read = q_bhgd.new_empty(0, dtype=torch.bool) if mask is None else mask
+    return torch.ops.qlab.one_token(
+        q_bhgd.contiguous(), k_bhld, v_bhle, at, read, PATHS.index(path)
     )
-    return y
-
-
-def _address(t: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if t is None else t.data_ptr())

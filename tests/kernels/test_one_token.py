@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlab.lowering.around.attention import attention, in_torch
-from qlab_kernels.one_token import DTYPES, PATHS, attend, loaded, takes
+from qlab_kernels.one_token import DTYPES, PATHS, attend, takes, why_not
 
 few = settings(max_examples=25)
 SHAPES = st.tuples(
@@ -107,5 +107,27 @@ def test_a_model_gets_what_torch_computes(mask, monkeypatch):
     assert learning.grad.abs().sum() > 0
 
 
-def test_the_library_is_loaded_once():
-    assert loaded() is loaded()
+@few
+@given(shape=SHAPES, d=CHANNELS, length=LENGTHS, dtype=st.sampled_from(DTYPES))
+def test_keys_in_slots_give_the_bits_of_keys_in_rows(shape, d, length, dtype):
+    b, h, _ = shape
+    q, _, _, mask = case(shape, d, d, length, dtype, seed=5)
+    slots = [normal(2 * length + 1, h, d, seed=i).to(dtype) for i in (6, 7)]
+    at = torch.stack(
+        [
+            torch.randperm(2 * length + 1, generator=torch.Generator().manual_seed(i))
+            for i in range(b)
+        ]
+    )
+    at = at[:, :length].contiguous()
+    rows = [t[at].transpose(1, 2) for t in slots]
+    for path in range(len(PATHS)):
+        in_place = torch.ops.qlab.one_token(q, *slots, at, mask, path)
+        assert torch.equal(in_place, attend(q, *rows, mask, PATHS[path]))
+
+
+def test_the_operator_is_torchs():
+    assert why_not() is None
+    q, k, v, mask = case((2, 2, 3), 16, 8, 12, torch.bfloat16, seed=4)
+    arguments = q, k, v, torch.empty(0, dtype=torch.int64), mask, 0
+    torch.library.opcheck(torch.ops.qlab.one_token, arguments)

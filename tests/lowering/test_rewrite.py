@@ -303,3 +303,23 @@ def test_few_tokens_by_bytes_are_atens_product(symmetric, m, count, fresh):
     torch.testing.assert_close(y, layer(x))
     assert seen.count("aten._weight_int8pack_mm") == count
     assert seen.count("qlab.int8_mm") == 1 - count
+
+
+@pytest.mark.parametrize("of_both", [True, False])
+def test_attention_of_one_token_reads_slots_in_place(of_both):
+    """Of what a cache in pages holds no copy is made, where keys and values have the same slots."""
+    seen, identity = Seen(loops=False), nn.Identity()
+    q = activations(8, 16, torch.float32).view(2, 4, 1, 16)
+    keys, values = (activations(100, 16, torch.float32, i).view(50, 2, 16) for i in (1, 2))
+    at = torch.arange(50).view(2, 25)
+    others = at if of_both else at.flip(1)
+
+    def attended(q, keys, values, at, others):
+        k, v = keys[at].transpose(1, 2), values[others].transpose(1, 2)
+        return attention(identity, q, k, v, None)[0]
+
+    arguments = q, keys, values, at, others
+    y = torch.compile(attended, fullgraph=True, dynamic=False, options=seen.options)(*arguments)
+    assert torch.equal(y, attended(*arguments))
+    assert seen.inner.in_place == of_both and seen.count("qlab.one_token") == 1
+    assert seen.count("aten.index") == 2 - 2 * of_both

@@ -4,13 +4,12 @@
                                                       each, and the positions l
 
 torch's fused attention repeats keys and values for every query head of a group, which at one token
-is most of a step. Here each key and value is read once, in place: by a kernel in a model that runs
-as it is, and in a form that the compiler turns into two loops in one that is compiled. The bits of
-a row do not depend on positions behind its last one, nor on rows beside it.
+is most of a step. Here each key and value is read once, in place: by a kernel, or where there is
+none in a form that the compiler turns into two loops. The bits of a row do not depend on positions
+behind its last one, nor on rows beside it.
 """
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlab.errors import warn
+from qlab_kernels import one_token
+from qlab_kernels.one_token import attend, takes
 
 NAME = "qlab_one_token"
 # Arguments that are already in the mask, or that concern outputs.
@@ -68,31 +69,22 @@ def _attend(
     q_bhgd: Tensor, k_bhld: Tensor, v_bhld: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     q_bhgd = (q_bhgd.float() * scale).contiguous()
-    if _is_plain(q_bhgd, k_bhld, v_bhld) and why_not() is None:
-        from qlab_kernels.one_token import attend, takes
-
-        if takes(k_bhld, v_bhld, mask):
-            return attend(q_bhgd, k_bhld, v_bhld, mask)
+    if _is_plain(q_bhgd, k_bhld, v_bhld) and takes(k_bhld, v_bhld, mask) and why_not() is None:
+        return attend(q_bhgd, k_bhld, v_bhld, mask)
     return in_torch(q_bhgd, k_bhld, v_bhld, mask)
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether these are numbers, of which nobody wants a trace or a gradient."""
-    is_traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return not is_traced and not any(t.requires_grad and torch.is_grad_enabled() for t in tensors)
+    """Whether these are numbers, of which nobody wants a gradient, nor a program that runs where
+    the kernel is not."""
+    is_exported = torch.compiler.is_exporting() or is_in_torch_dispatch_mode()
+    return not is_exported and not any(t.requires_grad and torch.is_grad_enabled() for t in tensors)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """Why there is no kernel here; None where there is one."""
-    from qlab_kernels.compiled import Uncompiled
-    from qlab_kernels.one_token import loaded
-
-    try:
-        loaded()
-    except Uncompiled as error:
-        return str(error)
-    return None
+    return one_token.why_not()
 
 
 def in_torch(q_bhgd: Tensor, k_bhld: Tensor, v_bhld: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ opaque to every other pass:
     int8_mm(x, w) of few tokens, on a CPU                  ->  aten's int8 product
     mm(x [1, k], W.T), W dense, on a CPU                   ->  sum_k x * W
     int4_int8_mm(x, w)                                     ->  the same without a gradient
+    one_token(q, k[at], v[at])                             ->  the same, of k and v in place
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from qlab.algebra.products import product_dtype
 from qlab.lowering.compiler.bytes import choose_bytes
 from qlab.lowering.compiler.gradients import drop_gradients
 from qlab.lowering.compiler.nodes import call, contiguous, replace
+from qlab.lowering.compiler.slots import read_slots
 from qlab.lowering.weights import cpu
 from qlab.lowering.weights.nibbles import plane_width
 from qlab.lowering.weights.packed import Packed, unflattened
@@ -42,6 +44,7 @@ SOURCES = (
     "compiler/bytes.py",
     "compiler/nodes.py",
     "compiler/rewrite.py",
+    "compiler/slots.py",
     "weights/cpu.py",
     "weights/int8.py",
     "weights/nibbles.py",
@@ -53,15 +56,17 @@ SOURCES = (
 
 
 class Rewrite(CustomGraphPass):
-    """The pass. fused, chosen, streamed: how many nodes each rewrite replaced in the last graph."""
+    """The pass. fused, chosen, streamed, in_place: how many nodes each rewrite replaced in the last
+    graph."""
 
     def __init__(self) -> None:
-        self.fused, self.chosen, self.streamed = 0, 0, 0
+        self.fused, self.chosen, self.streamed, self.in_place = 0, 0, 0, 0
 
     def __call__(self, graph: Any) -> None:
         self.fused = fuse(graph)
         self.chosen = choose(graph) + choose_bytes(graph)
         self.streamed = stream(graph)
+        self.in_place = read_slots(graph)
         drop_gradients(graph)
 
     def uuid(self) -> bytes:

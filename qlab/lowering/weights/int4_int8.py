@@ -136,7 +136,11 @@ def _narrowest(scales: Tensor) -> Tensor:
 
 def mm(x_mk: Tensor, weight: Interleaved, dense: Tensor | None, bias: Tensor | None) -> Tensor:
     """y [m, n] = x @ W.T + b."""
-    y = torch.ops.qlab.int4_int8_mm(in_order(x_mk, weight.perm), *weight.for_mm())
+    ops = torch.ops.qlab
+    # the gradient of the first is Python, also where nobody wants one
+    has_gradient = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    product = ops.int4_int8_mm if has_gradient else ops.int4_int8_forward
+    y = product(in_order(x_mk, weight.perm), *weight.for_mm())
     return y if bias is None else y + bias
 
 
