@@ -28,6 +28,7 @@ _why: list[str | None] = []  # why there is no kernel, or None; filled once
 torch.library.define(
     "qlab::one_token", "(Tensor q, Tensor k, Tensor v, Tensor at, Tensor mask, int path) -> Tensor"
 )
+OPERATOR = torch.ops.qlab.one_token.default
 
 
 @torch.library.register_fake("qlab::one_token")
@@ -68,6 +69,4 @@ def attend(
     zero. path: one of PATHS."""
     at = q_bhgd.new_empty(0, dtype=torch.int64)
     read = q_bhgd.new_empty(0, dtype=torch.bool) if mask is None else mask
-    return torch.ops.qlab.one_token(
-        q_bhgd.contiguous(), k_bhld, v_bhle, at, read, PATHS.index(path)
-    )
+    return OPERATOR(q_bhgd.contiguous(), k_bhld, v_bhle, at, read, PATHS.index(path))

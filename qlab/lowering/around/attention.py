@@ -20,8 +20,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlab.errors import warn
-from qlab_kernels import one_token
-from qlab_kernels.one_token import attend, takes
 
 NAME = "qlab_one_token"
 # Arguments that are already in the mask, or that concern outputs.
@@ -69,8 +67,11 @@ def _attend(
     q_bhgd: Tensor, k_bhld: Tensor, v_bhld: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     q_bhgd = (q_bhgd.float() * scale).contiguous()
-    if _is_plain(q_bhgd, k_bhld, v_bhld) and takes(k_bhld, v_bhld, mask) and why_not() is None:
-        return attend(q_bhgd, k_bhld, v_bhld, mask)
+    if _is_plain(q_bhgd, k_bhld, v_bhld) and why_not() is None:
+        from qlab_kernels.one_token import attend, takes
+
+        if takes(k_bhld, v_bhld, mask):
+            return attend(q_bhgd, k_bhld, v_bhld, mask)
     return in_torch(q_bhgd, k_bhld, v_bhld, mask)
 
 
@@ -84,7 +85,9 @@ def _is_plain(*tensors: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """Why there is no kernel here; None where there is one."""
-    return one_token.why_not()
+    from qlab_kernels.one_token import why_not
+
+    return why_not()
 
 
 def in_torch(q_bhgd: Tensor, k_bhld: Tensor, v_bhld: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,8 +14,10 @@ def read_slots(graph: Any) -> int:
     one_token(q, slots_k[at].transpose(1, 2), slots_v[at].transpose(1, 2)) -> one_token(q, slots_k,
     slots_v, at)
     """
+    from qlab_kernels.one_token import OPERATOR
+
     count = 0
-    for node in graph.find_nodes(op="call_function", target=torch.ops.qlab.one_token.default):
+    for node in graph.find_nodes(op="call_function", target=OPERATOR):
         q, k, v, _, mask, path = node.args
         keys, values = _slots(k), _slots(v)
         if keys is None or values is None or keys[1] is not values[1]:
