@@ -72,14 +72,14 @@ def _let_remove(folder: Path) -> None:
         path.chmod(0o700)
 
 
-def turn(case: Case, trial: Trial, tally: Tally, seconds: float) -> None:
-    """Trials of a case in a fork for so many seconds, one at least."""
+def turn(case: Case, trial: Trial, tally: Tally, seconds: float, least: int = 1) -> None:
+    """Trials of a case in a fork for so many seconds, and so many of them at least."""
     began = time.monotonic()
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        _run(case, trial, tally.number, began + seconds, writing)
+        _run(case, trial, range(tally.number, tally.number + least), began + seconds, writing)
     os.close(writing)
     going = tally.number
     with open(reading, encoding="utf-8") as lines:
@@ -98,17 +98,17 @@ def turn(case: Case, trial: Trial, tally: Tally, seconds: float) -> None:
     tally.seconds += time.monotonic() - began
 
 
-def _run(case: Case, trial: Trial, number: int, until: float, pipe: int) -> None:
-    """Trials from this number on, told to the pipe. Does not return."""
+def _run(case: Case, trial: Trial, least: range, until: float, pipe: int) -> None:
+    """Trials of these numbers, and of those behind them until that moment, told to the pipe. Does
+    not return."""
     try:
-        while True:
+        for number in itertools.count(least.start):
             try:
                 told = [number, "ended", attempt(case, trial, number)]
             except Exception as error:
                 told = [number, "finding", f"{type(error).__name__}: {error}"[:2000]]
             os.write(pipe, (json.dumps(told) + "\n").encode())
-            number += 1
-            if time.monotonic() >= until:
+            if number >= least[-1] and time.monotonic() >= until:
                 os._exit(0)
     finally:
         os._exit(1)
