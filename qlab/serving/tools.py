@@ -86,7 +86,10 @@ class ToolText:
         self._source.text += text
         next(self._reader, None)
         parts, self._pieces = groupby(self._pieces, key=itemgetter(0)), []
-        return [_delta(*place, "".join(text for _, text in part)) for place, part in parts]
+        return [
+            _delta(call, is_first, "".join(text for _, text in part))
+            for (call, is_first), part in parts
+        ]
 
     def end(self) -> list[dict[str, Any]]:
         """The rest, when no text follows."""
