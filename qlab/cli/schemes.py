@@ -75,6 +75,7 @@ def _of_spec(spec: str, asymmetric: bool) -> "Scheme":
 
 def _with_cache(scheme: "Scheme", name: str) -> "Scheme":
     """The scheme with a cache: that of another scheme, or a cache spec such as int8-head."""
+    from qlab.algebra.wires import nearest
     from qlab.methods.kv import parse_cache_spec
     from qlab.methods.schemes import SCHEMES
 
@@ -84,12 +85,20 @@ def _with_cache(scheme: "Scheme", name: str) -> "Scheme":
             "one of them"
         )
     known = SCHEMES.get(name.upper()) or SCHEMES.get(f"KV_{name.upper().replace('-', '_')}")
+    caches = [each for each, other in SCHEMES.items() if other.cache]
     if known and known.cache is None:
-        caches = [each for each, other in SCHEMES.items() if other.cache]
         raise QlabError(
             f"--kv-cache {name} is a scheme of weights; name one of the cache: {', '.join(caches)}"
         )
-    cache = known.cache if known else parse_cache_spec(name)
+    try:
+        cache = known.cache if known else parse_cache_spec(name)
+    except QlabError as error:
+        if "-" in name:  # a cache spec
+            raise
+        raise QlabError(
+            f"--kv-cache {name[:40]} is unknown; {nearest(name.upper(), caches)}, and a cache spec "
+            "such as int8-head will do, too"
+        ) from error
     return replace(scheme, name=f"{scheme}+{name}", cache=cache)
 
 

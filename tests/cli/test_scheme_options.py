@@ -77,6 +77,8 @@ def test_a_scheme_keeps_what_is_kept_and_is_planned(call, saved, text):
         (["--scheme", "W8A"], "the scheme 'W8A' is unknown; the nearest are W8A8"),
         (["--scheme", "KV_INT8_HEAD", "--method", "gptq"], "--method gptq would round nothing"),
         (["--scheme", "KV_INT8_HEAD", "--kv-cache", "fp8-head"], "rounds the cache already"),
+        (["--kv-cache", "KV_FP8"], "--kv-cache KV_FP8 is unknown; the nearest are KV_FP8_"),
+        (["--kv-cache", "int9-head"], "int9 is not a grid"),
         (["--scheme", "W8A8", "--static", "quantile"], "all scales of W8A8 are found at run time"),
         (["--scheme", "FP8", "--static", "median"], "'median' measures no scale"),
         (["--static", "quantile"], "no scheme is named"),

@@ -170,6 +170,13 @@ def test_a_gpu_runs_what_its_capability_has(capability, spec, inputs, row, reaso
     assert reason in passed[0].reason if reason else not passed
 
 
+def test_blocks_that_do_not_divide_a_weight_are_named():
+    leaf = leaf_of(parse_spec("fp8-b128x128"), 192, 256)
+    inputs = QuantizeInput(parse_spec("fp8-g128"))
+    _, passed = choose(leaf, setting(inputs=inputs))
+    assert "128x128 blocks do not divide a weight (192, 256)" in passed[0].reason
+
+
 @pytest.mark.parametrize("form", ["rows", "blocks"])
 def test_a_gpu_is_tried_before_its_fp8_products_are_believed(form, monkeypatch):
     assert floats.tried.__wrapped__(CPU, form) is None

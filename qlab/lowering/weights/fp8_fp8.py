@@ -69,6 +69,8 @@ def takes(leaf: QTensor, setting: Setting) -> str | None:
         return f"inputs in {inputs.spec!r} have no name"
     if leaf.perm is not None:
         return "channels in an order of their own have no fp8 product"
+    if _of_blocks(leaf.spec, inputs.spec) and any(size % BLOCK for size in leaf.shape[-2:]):
+        return f"{BLOCK}x{BLOCK} blocks do not divide a weight {tuple(leaf.shape[-2:])}"
     form = _form(leaf, inputs.spec)
     if form is None:
         return (
@@ -83,12 +85,16 @@ def _form(leaf: QTensor, inputs: Spec) -> str | None:
     (rows, cols), (n, k) = leaf.spec.tile.sizes(leaf.shape), leaf.shape[-2:]
     if cols == k and n % rows == 0 and inputs.tile.cols is None and inputs.tile.rows in (None, 1):
         return "rows"
-    whole = n % BLOCK == 0 and k % BLOCK == 0
-    in_blocks = (rows, cols) == (BLOCK, BLOCK) and (inputs.tile.rows, inputs.tile.cols) == (
-        1,
-        BLOCK,
-    )
-    return "blocks" if whole and in_blocks else None
+    return "blocks" if _of_blocks(leaf.spec, inputs) else None
+
+
+def _of_blocks(weights: Spec, inputs: Spec) -> bool:
+    """Whether scales are of blocks of 128 x 128, and of 128 channels of a token."""
+    return _tile(weights) == (BLOCK, BLOCK) and _tile(inputs) == (1, BLOCK)
+
+
+def _tile(spec: Spec) -> tuple[int | None, int | None]:
+    return spec.tile.rows, spec.tile.cols
 
 
 def _no_device(device: torch.device, form: str) -> str | None:
