@@ -52,6 +52,7 @@ WALKERS = {
     "algebra/tracing/trace.py",
     "algebra/values.py",
     "algebra/wires.py",
+    "lowering/compiler/slots.py",
 }
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
