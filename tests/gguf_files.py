@@ -5,7 +5,7 @@ import numpy as np
 from families import tiny
 from model_folders import WORDS
 
-from qlab.codecs import gguf as file_format
+from qlab.codecs.gguf_models import FOREIGN
 
 KINDS = gguf.GGMLQuantizationType
 SCALES = {
@@ -37,7 +37,7 @@ def write(path, kinds, arch="llama", keys=lambda writer: None, **config):
     name -> how it is stored; `keys` adds some of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     model = tiny(
-        arch if arch in file_format.ARCHITECTURES else "llama",
+        arch if arch in FOREIGN else "llama",
         num_key_value_heads=2,
         num_attention_heads=4,
         **config,

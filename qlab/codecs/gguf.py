@@ -3,11 +3,12 @@
 The codes of Q4_0 and Q8_0 are kept (gguf_blocks.py). The package dequantizes every other kind: a
 Q4_1 block is q * d + m, whose zero point -m / d no dtype holds exactly.
 
-GGUF has its own names for tensors, which the package maps. For the architecture "llama" it stores
-the rows of q and k with the two halves of a rotation interleaved; that order is made and undone
-here.
+GGUF has its own names for tensors, which the package maps; all experts of a projection are one
+tensor. Of some architectures it stores the rows of q and k with the two halves of a rotation
+interleaved, or norms otherwise (gguf_models.py); both are made and undone here.
 """
 
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,19 @@ from torch import Tensor
 
 from qlab.algebra.qtensor import Leaf, QTensor
 from qlab.codecs import gguf_blocks, gguf_header
+from qlab.codecs.gguf_models import FOREIGN, MODELS, written_as
 from qlab.errors import QlabError, first_line
 
-# general.architecture -> whether rows of q and k are interleaved. Files of other architectures
-# change weights in further ways.
-ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
+RECORDED = "qlab.json"  # the key of what qlab says of a file that it wrote
+STACKED = "_exps."  # in the name of a tensor that is of all experts
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 # Factors of rotary frequencies, which transformers does not read into a config.
 SCALED_ROTARY = "rope_freqs.weight"
 # kind of a tensor -> (numbers in a block, bytes of a block)
 SIZES = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
 BITS = {kind: bits for bits, kind in gguf_blocks.KINDS.items()}
+# What models call their head, for which the format has no name where it is always tied.
+HEAD = gguf.TensorNameMap.mappings_cfg[gguf.MODEL_TENSOR.OUTPUT]
 # Tensors whose rows are interleaved -> the key that says how many heads they have.
 HEADS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 
@@ -45,23 +49,26 @@ def tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, str, Leaf
     stored = {tensor.name: tensor for tensor in reader.tensors}
     blocks = blocks_of(path, reader, arch)
     names_in_file = _names(path, arch, blocks, names, stored)
-    if SCALED_ROTARY in stored:
+    if SCALED_ROTARY in stored and RECORDED not in reader.fields:
         raise QlabError(
             f"{path} holds {SCALED_ROTARY}: its rotary frequencies are scaled, which no config "
             "made of the file says; quantize the model from its safetensors files"
         )
-    unused = sorted(stored.keys() - set(names_in_file.values()))
+    unused = sorted(stored.keys() - set(names_in_file.values()) - {SCALED_ROTARY})
     if unused:
         raise QlabError(
             f"{path} holds {unused[0]}, for which the model has no parameter; "
             "the file is of another model"
         )
     for name, file_name in names_in_file.items():
-        leaf = _leaf(f"{path}: {file_name}", stored[file_name])
+        expert = expert_of(name)
+        leaf = _leaf(f"{path}: {file_name}", stored[file_name], expert)
         count_of_heads = heads_key(arch, file_name)
         if count_of_heads:
             heads = _field(path, reader, f"{arch}.{count_of_heads}", int)
             leaf = _halves_apart(f"{path}: {file_name}", leaf, heads)
+        if isinstance(leaf, Tensor):
+            leaf = written_as(arch).restored(name, leaf)
         yield name, stored[file_name].tensor_type.name, leaf
 
 
@@ -69,11 +76,12 @@ def opened(path: Path) -> tuple[Any, str]:
     """The package's reader of a file, and the file's architecture; refuses a file that is no GGUF,
     an architecture whose weights qlab cannot restore."""
     reader = _reader(path)
-    arch = _field(path, reader, "general.architecture", str)
-    if arch not in ARCHITECTURES:
+    arch: str = _field(path, reader, "general.architecture", str)
+    own = [model.arch for model in MODELS.values()] if RECORDED in reader.fields else []
+    if arch not in (*FOREIGN, *own):
         raise QlabError(
             f"{path} holds a model of architecture {arch!r}; qlab reads "
-            f"{', '.join(ARCHITECTURES)}: convert it to safetensors with transformers first"
+            f"{', '.join(FOREIGN)}: convert it to safetensors with transformers first"
         )
     return reader, arch
 
@@ -128,7 +136,7 @@ def _names(
     for name, file_name in file_names(arch, blocks, names).items():
         if file_name is not None and file_name in stored:
             names_in_file[name] = file_name
-        elif file_name != "output.weight":  # a head that is tied to the embedding
+        elif name.rpartition(".")[0] not in HEAD:  # it is tied to the embedding
             raise QlabError(f"{path} has no tensor for {name}; the file is of another model")
     return names_in_file
 
@@ -139,26 +147,37 @@ def file_names(arch: str, blocks: int, names: Collection[str]) -> dict[str, str 
     table = gguf.get_tensor_name_map(key, blocks)
     called: dict[str, str | None] = {}
     for name in names:
-        module, _, kind = name.rpartition(".")
+        module, _, kind = EXPERT.sub(".experts.", name).rpartition(".")
         base = table.get_name(module)
         called[name] = f"{base}.{kind}" if base else None
     return called
 
 
+def expert_of(name: str) -> int | None:
+    """Which of the experts a weight is of; None for a weight that is no expert's."""
+    found = EXPERT.search(name)
+    return int(found[1]) if found else None
+
+
 def heads_key(arch: str, file_name: str) -> str | None:
     """The key that says how many heads a tensor has, where the file interleaves its rows."""
-    return HEADS.get(file_name.split(".")[-2]) if ARCHITECTURES[arch] else None
+    return HEADS.get(file_name.split(".")[-2]) if written_as(arch).interleaved else None
 
 
-def _leaf(where: str, tensor: Any) -> Leaf:
-    """The content of a tensor: codes where qlab keeps them, else floats."""
-    kind = tensor.tensor_type
-    if kind.name in BITS and len(tensor.shape) == 2:
-        return gguf_blocks.codes_of(torch.from_numpy(np.array(tensor.data)), BITS[kind.name])
-    if tensor.data.dtype in (np.float32, np.float16):
-        return torch.from_numpy(np.array(tensor.data))
+def _leaf(where: str, tensor: Any, expert: int | None) -> Leaf:
+    """The content of a tensor, or of its part of one expert: codes where qlab keeps them, else
+    floats."""
+    kind, data = tensor.tensor_type, tensor.data
+    if expert is not None:
+        if data.ndim != 3 or expert >= len(data):
+            raise QlabError(f"{where} has no expert {expert}; download the file again")
+        data = data[expert]
+    if kind.name in BITS and data.ndim == 2:
+        return gguf_blocks.codes_of(torch.from_numpy(np.array(data)), BITS[kind.name])
+    if data.dtype in (np.float32, np.float16):
+        return torch.from_numpy(np.array(data))
     try:
-        return torch.from_numpy(gguf.dequantize(tensor.data, kind))
+        return torch.from_numpy(gguf.dequantize(data, kind))
     except NotImplementedError as error:
         raise QlabError(
             f"{where} is stored as {kind.name}, which the gguf package does not dequantize; "

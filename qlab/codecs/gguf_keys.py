@@ -7,20 +7,22 @@ READ      keys whose values the config that is made of the file must have. A key
 NEUTRAL   keys with which some engine computes, and the values that change nothing.
 NO_LOGIT  keys with which no engine computes logits.
 
-`told` is the inverse: the keys that say a config. It leaves out `attention.sliding_window`, which
-no engine reads of these architectures.
+`told` is the inverse: the keys that say a config, with those of `MORE` that engines read of the
+architecture; `retold` makes settings of them again.
 
 Rotary scaling is `rope.scaling.*`, or the older `rope.scale_linear`: linear and yarn are read.
 Source: llama.cpp, gguf 0.19.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlab.codecs.gguf_models import WINDOW, Model
 from qlab.errors import QlabError
 
+Settings = dict[str, Any]
 # key -> its name in a config
 READ = {
     "block_count": "num_hidden_layers",
@@ -32,10 +34,30 @@ READ = {
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
+    WINDOW: "sliding_window",
     "rope.dimension_count": "head_dim",
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
+}
+TOLD = {key: name for key, name in READ.items() if key != WINDOW}
+SLIDING_THETA = "sliding_rope_theta"  # that of blocks with a window, where it is another
+# key that engines read of some architectures -> its names in configs
+MORE: Mapping[str, tuple[str, ...]] = {
+    WINDOW: ("sliding_window",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "expert_count": ("num_experts", "num_local_experts"),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_used_count": ("num_experts_per_tok",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "rope.freq_base_swa": (SLIDING_THETA,),
+}
+# keys that engines read as floats, whatever a config.json writes
+REAL = {
+    "attention.layer_norm_rms_epsilon",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rope.freq_base",
+    "rope.freq_base_swa",
 }
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -161,12 +183,15 @@ def _rotary(path: Path, arch: str, keys: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def told(settings: Mapping[str, Any]) -> dict[str, int | float | str]:
+def told(model: Model, settings: Mapping[str, Any]) -> dict[str, int | float | str]:
     """The keys of a file without the architecture's name in front, and their values. settings: of a
-    config, and of its `rope_parameters`; other scalings than linear and yarn have no keys."""
-    width = settings["hidden_size"] // settings["num_attention_heads"]
-    complete = {**settings, "head_dim": settings.get("head_dim") or width}
-    keys = {key: complete[name] for key, name in READ.items() if name != "sliding_window"}
+    config (`flat`); other scalings than linear and yarn have no keys."""
+    keys = {key: settings[name] for key, name in TOLD.items()}
+    for key in model.keys:
+        value = settings.get(_name_of(key, settings))
+        if value is not None:
+            keys[key] = value
+    keys |= {key: float(keys[key]) for key in REAL & keys.keys()}
     kind = settings.get("rope_type")
     if kind not in ("linear", "yarn"):
         return keys
@@ -179,3 +204,41 @@ def told(settings: Mapping[str, Any]) -> dict[str, int | float | str]:
             SLOW: float(settings.get("beta_slow") or YARN["beta_slow"]),
         }
     return keys
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config and of its rotary positions in one mapping, with the size of heads
+    that engines understand where none is stated."""
+    rotary = config["rope_parameters"]
+    own = {**config, **rotary.get("full_attention", rotary)}
+    if "sliding_attention" in rotary:
+        own[SLIDING_THETA] = rotary["sliding_attention"]["rope_theta"]
+    width = own["hidden_size"] // own["num_attention_heads"]
+    return {**own, "head_dim": own.get("head_dim") or width}
+
+
+def retold(path: Path, model: Model, keys: Mapping[str, Any], known: Collection[str]) -> Settings:
+    """The settings that keys of `told` say of a config that knows settings by these names: what is
+    not among them is the class's default. Heads scale their scores by their own size."""
+    missing = [key for key in TOLD if key not in keys]
+    if missing:
+        raise QlabError(f"{path} does not say its {model.arch}.{missing[0]}; convert it again")
+    said = {name: keys[key] for key, name in TOLD.items()}
+    said |= {_name_of(key, known): keys[key] for key in model.keys if key in keys}
+    sliding_theta = said.pop(SLIDING_THETA, None)
+    said = {"sliding_window": None, "query_pre_attn_scalar": said["head_dim"], **said}
+    rotary = {
+        "rope_type": "default",
+        "rope_theta": keys["rope.freq_base"],
+        **_rotary(path, model.arch, keys),
+    }
+    if sliding_theta is not None:
+        sliding = {"rope_type": "default", "rope_theta": sliding_theta}
+        rotary = {"full_attention": rotary, "sliding_attention": sliding}
+    named = {name: value for name, value in said.items() if name in known}
+    return {**named, **model.assumed, "rope_parameters": rotary}
+
+
+def _name_of(key: str, settings: Collection[str]) -> str:
+    """The first name of a key of `MORE` that the settings have."""
+    return next((name for name in MORE[key] if name in settings), MORE[key][0])

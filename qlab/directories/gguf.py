@@ -11,7 +11,7 @@ the config has to say what transformers reads.
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -25,8 +25,9 @@ from transformers import AutoConfig, AutoTokenizer
 from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.spec import Spec
 from qlab.codecs import CODECS, Codec, gguf, gguf_keys
+from qlab.codecs.gguf import RECORDED
 from qlab.codecs.gguf_keys import Said
-from qlab.directories.settings import same_setting, settings_of
+from qlab.directories.gguf_config import refuse_contradiction
 from qlab.driver.report import stored_bits
 from qlab.errors import QlabError, first_line
 from qlab.files.certificate import certify
@@ -36,27 +37,15 @@ from qlab.files.readback import MARKS, mark, refuse_misread
 from qlab.files.record import refuse_foreign_record, versions, written
 from qlab.files.writer import Writer
 from qlab.model.skeleton import Skeleton
-from qlab.model.ties import FLAG
 from qlab.process.surroundings import foreign, undisturbed
 
 GENERATION = "generation_config.json"
 ROUNDED = 1e-6  # relative: the file has floats of 32 bits
-RECORDED = "qlab.json"  # the key of what qlab says of a file that it wrote
 EMBEDDED = "qlab.file."  # begins the keys of texts of the directory that such a file was made of
 KEPT = ("changed",)  # sections of that which stay true of the directory
 WIDENED = "widened"  # the section of vectors that the file holds as float32: name -> their dtype
 NARROW = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16)}
 TEXTS = (".json", ".jinja", ".txt")
-# Of a config: what changes no number that a trained model computes. Heads are tied by tensors.
-UNUSED = (
-    "architectures",
-    "attention_dropout",
-    "initializer_range",
-    "max_window_layers",
-    "pretraining_tp",
-    "use_sliding_window",
-    FLAG,
-)
 FLOATS = ("F64", "F32", "F16", "BF16")
 Notes = dict[str, dict[str, Any]]
 
@@ -74,7 +63,15 @@ def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) 
     # refused before any work, in fewer words than transformers has
     reader, arch = gguf.opened(path)
     gguf.blocks_of(path, reader, arch)  # before that many are built
-    said = gguf_keys.said(path, arch, gguf.fields(reader))
+    fields = gguf.fields(reader)
+    embedded = _embedded(fields)
+    mixed = next((t.name for t in reader.tensors if gguf.STACKED in t.name), None)
+    if mixed:
+        raise QlabError(
+            f"{path} holds {mixed}, all experts of a projection in one tensor, of which qlab makes "
+            "no directory; keep the one that the file was made of"
+        )
+    said = None if embedded else gguf_keys.said(path, arch, fields)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     job = {"source": digest, "codec": codec, "versions": versions()}
@@ -82,8 +79,7 @@ def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) 
         writer.begin(job)
         if not writer.finished:
             with writer.refusing(), TemporaryDirectory() as scratch:
-                fields = gguf.fields(reader)
-                _save_config_and_tokenizer(path, said, _embedded(fields), Path(scratch))
+                _save_config_and_tokenizer(path, said, embedded, Path(scratch))
                 _fill(path, CODECS[codec], writer, job, record_of(path, fields), Path(scratch))
     return writer.out
 
@@ -170,16 +166,16 @@ def _dense(leaf: Leaf, kind: str) -> Tensor:
 
 
 def _save_config_and_tokenizer(
-    path: Path, said: Said, embedded: Mapping[str, str], folder: Path
+    path: Path, said: Said | None, embedded: Mapping[str, str], folder: Path
 ) -> None:
     """Save the config and the tokenizer of a GGUF file as files of a model directory: those that it
-    holds word for word, or those that transformers reads of it."""
-    config = config_of(path, said)
+    holds word for word, or those that transformers reads of it, where it says what the keys do."""
     for name, text in embedded.items():
         (folder / name).write_text(text, encoding="utf-8")
-    if embedded:
-        _refuse_contradiction(path, config, folder)
+    if said is None:
+        refuse_contradiction(path, folder)
         return
+    config = config_of(path, said)
     config.save_pretrained(folder)
     with _reading(path):
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
@@ -250,29 +246,6 @@ def is_embedded(name: str) -> bool:
     return Path(name).name == name and name.endswith(TEXTS)
 
 
-def _refuse_contradiction(path: Path, read: Any, folder: Path) -> None:
-    """Refuse a config that a file holds and that says other than the file's keys."""
-    empty = Checkpoint(
-        path=folder, raw=read_json(folder / CONFIG), stored={}, codec=None, quantized={}
-    )
-    differing = unlike(empty.config, read)
-    if differing:
-        key, (ours, theirs) = next(iter(differing.items()))
-        raise QlabError(
-            f"{path} holds a config with {key} {ours!r:.60} and says {theirs!r:.60} itself; it was "
-            "changed after it was written: convert the directory again"
-        )
-
-
-def unlike(config: Any, other: Any) -> dict[str, tuple[Any, Any]]:
-    """Setting -> both values, where two configs, of which the other may be of another class, say
-    different things of the model. Settings that the class does not know say nothing."""
-    known = type(config)().to_dict().keys() - set(UNUSED)
-    ours, theirs = (_told(each.to_dict(), known) for each in (config, other))
-    pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
-    return {key: pair for key, pair in pairs.items() if not same_setting(*pair)}
-
-
 def _refuse_another(path: Path, said: Said, config: Any) -> None:
     """Refuse a config that says other than the file does."""
     settings = {**config.to_dict(), **config.rope_parameters}
@@ -288,16 +261,6 @@ def _refuse_another(path: Path, said: Said, config: Any) -> None:
                 f"transformers makes of it has {name} {setting!r}; quantize the model from its "
                 "safetensors files"
             )
-
-
-def _told(config: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The settings of a config that are known, with what is assumed of rotary positions."""
-    rotary = config.get("rope_parameters") or {}
-    if rotary.get("rope_type") == "yarn":
-        stated = {key: value for key, value in rotary.items() if value is not None}
-        config = {**config, "rope_parameters": {**gguf_keys.YARN, **stated}}
-    settings = settings_of(config)
-    return {key: value for key, value in settings.items() if key.partition(".")[0] in known}
 
 
 @contextmanager

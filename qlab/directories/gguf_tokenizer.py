@@ -1,7 +1,8 @@
 """A tokenizer as a GGUF file says it: derived from the JSON of a fast tokenizer.
 
-Byte-level BPE alone, the kind "gpt2" of the format. An engine splits a text into words by rules
-that it knows by name; a name is told only where the tokenizer splits by the same rules.
+Byte-level BPE is the kind "gpt2" of the format. An engine splits a text into words by rules that it
+knows by name; a name is told only where the tokenizer splits by the same rules. BPE over characters
+is the kind "llama" (gguf_pieces.py).
 """
 
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 import gguf
 
+from qlab.directories import gguf_pieces
 from qlab.errors import QlabError
 
 WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?"
@@ -32,15 +34,14 @@ ROLES = ("bos", "eos", "unk", "sep", "pad")
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """tokens, types: one of each id. merges: pairs of tokens, the first ones first. split: the name
-    of the rules by which texts are split. ids: role (bos, eos) -> id. adds: whether texts begin
+    """tokens, types: one of each id. joins: the keys that say how tokens are joined, and what is
+    done to a text before. ids: role (bos, eos) -> id. adds: whether texts begin
     with the first and end with the last. template: of chats, one or several by name. json: the
     whole tokenizer."""
 
     tokens: list[str]
     types: list[int]
-    merges: list[str]
-    split: str
+    joins: "Bytewise | Pieces"
     ids: Mapping[str, int]
     adds: Mapping[str, bool]
     template: str | list[dict[str, str]] | None
@@ -48,17 +49,46 @@ class Vocabulary:
 
     def write(self, writer: "gguf.GGUFWriter") -> None:
         """Add the keys to a file."""
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.split)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
+        self.joins.write(writer)
         for role, token in self.ids.items():
             getattr(writer, f"add_{role}_token_id")(token)
         for role, is_added in self.adds.items():
             getattr(writer, f"add_add_{role}_token")(is_added)
         if self.template:
             writer.add_chat_template(self.template)
+
+
+@dataclass(frozen=True)
+class Bytewise:
+    """merges: pairs of tokens, the first ones first. split: the name of the rules by which texts
+    are split."""
+
+    merges: list[str]
+    split: str
+
+    def write(self, writer: "gguf.GGUFWriter") -> None:
+        """Add the keys to a file."""
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self.split)
+        writer.add_token_merges(self.merges)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """scores: one of each id; of two joins the one of the higher score comes first. begins: whether
+    a text begins with a space of its own."""
+
+    scores: list[float]
+    begins: bool
+
+    def write(self, writer: "gguf.GGUFWriter") -> None:
+        """Add the keys to a file."""
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(self.scores)
+        writer.add_add_space_prefix(self.begins)
 
 
 def vocabulary(where: str, tokenizer: Any, size: int) -> Vocabulary:
@@ -69,7 +99,7 @@ def vocabulary(where: str, tokenizer: Any, size: int) -> Vocabulary:
     text = tokenizer.backend_tokenizer.to_str()
     whole = json.loads(text)
     model = whole["model"]
-    _refuse_other_kinds(where, whole)
+    joins = _joins(where, whole, size)
     added = {token["id"]: token for token in whole["added_tokens"]}
     tokens = {id: token for token, id in model["vocab"].items()}
     tokens |= {id: token["content"] for id, token in added.items()}
@@ -82,16 +112,17 @@ def vocabulary(where: str, tokenizer: Any, size: int) -> Vocabulary:
     types: list[int] = [
         (kinds.CONTROL if added[id]["special"] else kinds.USER_DEFINED)
         if id in added
-        else (kinds.NORMAL if id in tokens else kinds.UNUSED)
+        else (_kind(tokens[id], joins) if id in tokens else kinds.UNUSED)
         for id in range(size)
     ]
     roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ROLES}
     ids = {role: id for role, id in roles.items() if id is not None}
+    if isinstance(joins, Pieces) and "unk" in ids:
+        types[ids["unk"]] = kinds.UNKNOWN
     return Vocabulary(
         tokens=[tokens.get(id, f"[PAD{id}]") for id in range(size)],
         types=types,
-        merges=[m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
-        split=_split(where, whole["pre_tokenizer"], bool(model.get("ignore_merges"))),
+        joins=joins,
         ids=ids,
         adds=_adds(where, tokenizer, ids),
         template=_template(tokenizer.chat_template),
@@ -99,24 +130,60 @@ def vocabulary(where: str, tokenizer: Any, size: int) -> Vocabulary:
     )
 
 
-def _refuse_other_kinds(where: str, whole: Mapping[str, Any]) -> None:
-    """Refuse what is no byte-level BPE, and what changes texts before they are split."""
+def _kind(token: str, joins: Bytewise | Pieces) -> int:
+    is_byte = isinstance(joins, Pieces) and gguf_pieces.is_byte(token)
+    return gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
+
+
+def _joins(where: str, whole: Mapping[str, Any], size: int) -> Bytewise | Pieces:
+    """How tokens are joined; refuses what engines do otherwise."""
     model, steps = whole["model"], _steps(whole["pre_tokenizer"], "pretokenizers")
+    changes = _steps(whole["normalizer"], "normalizers")
     bytewise = any(step["type"] == "ByteLevel" for step in steps)
     endings = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    if model["type"] != "BPE" or not bytewise or model.get("byte_fallback") or endings:
+    if model["type"] != "BPE" or endings or bytewise == bool(model.get("byte_fallback")):
         raise QlabError(
             f"the tokenizer of {where} is {model['type']} "
             f"{'over bytes' if bytewise else 'without bytes as letters'}, and qlab writes GGUF "
-            f"with byte-level BPE alone; {ELSE}"
+            "with byte-level BPE alone, or BPE over characters that falls back to bytes; "
+            f"{ELSE}"
         )
+    if not bytewise:
+        added = [token["content"] for token in whole["added_tokens"]]
+        return _pieces(where, model, added, changes + steps, size)
     # Engines leave out NFC, which changes no text that is composed already.
-    others = [s["type"] for s in _steps(whole["normalizer"], "normalizers") if s["type"] != "NFC"]
+    others = [change["type"] for change in changes if change["type"] != "NFC"]
     if others:
         raise QlabError(
             f"the tokenizer of {where} changes texts by {others[0]}, which GGUF does not say; "
             f"{ELSE}"
         )
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    return Bytewise(merges, _split(where, whole["pre_tokenizer"], bool(model.get("ignore_merges"))))
+
+
+def _pieces(
+    where: str,
+    model: Mapping[str, Any],
+    added: list[str],
+    steps: list[Mapping[str, Any]],
+    size: int,
+) -> Pieces:
+    """The keys of BPE over characters. steps: all that is done to a text before it is joined."""
+    begins = gguf_pieces.begins(steps, model["vocab"])
+    if begins is None:
+        said = json.dumps(steps, ensure_ascii=False)
+        raise QlabError(
+            f"the tokenizer of {where} changes spaces by {said[:300]}, and engines put one before "
+            f"the text and behind every special token, or nowhere; {ELSE}"
+        )
+    scores = None if model.get("ignore_merges") else gguf_pieces.scores(model, added)
+    if scores is None:
+        raise QlabError(
+            f"the tokenizer of {where} joins tokens in an order that no scores of tokens give, and "
+            f"GGUF says scores; {ELSE}"
+        )
+    return Pieces([*scores, *[0.0] * (size - len(scores))], begins)
 
 
 def _steps(part: Mapping[str, Any] | None, several: str) -> list[Mapping[str, Any]]:

@@ -4,8 +4,8 @@ Codes keep their bits. Dense matrices keep their dtype, vectors (norms and biase
 as engines need them. What a GGUF file has no keys for stands in it too, word for word, so that the
 directory comes back: config.json, the tokenizer and qlab.json.
 
-The keys are written first, to a file of their own, and read back by transformers: a model of which
-the keys do not say everything is refused before any weight is touched. The finished file is read
+The keys are written first, to a file of their own, and read back: a model of which the keys do not
+say everything is refused before any weight is touched. The finished file is read
 back before it gets its name.
 """
 
@@ -25,8 +25,11 @@ from torch import Tensor
 from qlab.algebra.spec import Spec
 from qlab.codecs import gguf as file_format
 from qlab.codecs import gguf_blocks, gguf_keys
+from qlab.codecs.gguf import RECORDED
+from qlab.codecs.gguf_models import MODELS, Model
 from qlab.data.calibration import tokenizer_of
-from qlab.directories.gguf import EMBEDDED, RECORDED, WIDENED, config_of, is_embedded, unlike
+from qlab.directories.gguf import EMBEDDED, WIDENED, is_embedded
+from qlab.directories.gguf_config import frequency_factors, unsaid
 from qlab.directories.gguf_tokenizer import vocabulary
 from qlab.errors import QlabError
 from qlab.files.atomic import atomically, remove_abandoned
@@ -41,6 +44,7 @@ from qlab.files.writer import beside
 from qlab.process.progress import progress
 from qlab.process.shown import some
 
+ROUTER = ".ffn_gate_inp"  # of a tensor whose products choose experts, kept from being rounded
 NAME = f"model{GGUF}"  # of the file in a directory
 KINDS = gguf.GGMLQuantizationType
 FLOATS = {torch.float32: KINDS.F32, torch.float16: KINDS.F16, torch.bfloat16: KINDS.BF16}
@@ -99,12 +103,14 @@ def to_gguf(
     notes: Notes = {}
 
     def write(temporary: Path) -> None:
-        with closing(gguf.GGUFWriter(temporary, model.arch, use_temp_file=True)) as writer:
+        with closing(gguf.GGUFWriter(temporary, model.kind.arch, use_temp_file=True)) as writer:
+            rows = _Tensors(writer, model)
             for name in progress(list(model.names), "converting"):
                 spec = targets.get(name.rpartition(".")[0])
                 for part, tensor in rewritten(name, notes).items():
-                    _add_tensor(writer, model, part, tensor, spec, notes)
+                    rows.add(part, tensor, spec, notes)
             refuse_lost(notes)
+            rows.refuse_incomplete()
             marks = notes.pop(MARKS, {})
             model.write_keys(writer)
             words.write(writer)
@@ -130,21 +136,22 @@ class _Model:
     """
 
     title: str
-    arch: str
+    kind: Model
+    config: Any
     settings: Mapping[str, Any]
     names: Mapping[str, str]
 
     @classmethod
     def of(cls, source: Checkpoint) -> "_Model":
-        arch = str(source.raw.get("model_type"))
-        if arch not in file_format.ARCHITECTURES:
+        kind = MODELS.get(str(source.raw.get("model_type")))
+        if kind is None:
             raise QlabError(
-                f"{source.path} is a model of architecture {arch!r}; qlab writes GGUF files of "
-                f"{', '.join(file_format.ARCHITECTURES)}: run the directory as it is"
+                f"{source.path} is a model of architecture {source.raw.get('model_type')!r}; qlab "
+                f"writes GGUF files of {', '.join(MODELS)}: run the directory as it is"
             )
-        settings = {**source.config.to_dict(), **source.config.rope_parameters}
+        settings = gguf_keys.flat(source.config.to_dict())
         leaves = [name for file in leaves_by_file(source) for name in file]
-        called = file_format.file_names(arch, settings["num_hidden_layers"], leaves)
+        called = file_format.file_names(kind.arch, settings["num_hidden_layers"], leaves)
         nameless = [name for name, file_name in called.items() if file_name is None]
         if nameless:
             raise QlabError(
@@ -152,24 +159,27 @@ class _Model:
                 "is"
             )
         names = {name: file_name for name, file_name in called.items() if file_name}
-        return cls(source.path.name, arch, settings, names)
+        return cls(source.path.name, kind, source.config, settings, names)
 
     def write_keys(self, writer: "gguf.GGUFWriter") -> None:
-        """Add what the format's keys say of the model."""
+        """Add what the format's keys say of the model, and the factors of its frequencies."""
         writer.add_name(self.title)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for key, value in gguf_keys.told(self.settings).items():
-            name = f"{self.arch}.{key}"
+        for key, value in gguf_keys.told(self.kind, self.settings).items():
+            name = f"{self.kind.arch}.{key}"
             if isinstance(value, str):
                 writer.add_string(name, value)
             elif isinstance(value, int):
                 writer.add_uint32(name, value)
             else:
                 writer.add_float32(name, value)
+        factors = frequency_factors(self.config)
+        if factors is not None:
+            writer.add_tensor(file_format.SCALED_ROTARY, factors.numpy())
 
     def heads(self, file_name: str) -> int | None:
         """Heads of a tensor whose rows the file interleaves."""
-        key = file_format.heads_key(self.arch, file_name)
+        key = file_format.heads_key(self.kind.arch, file_name)
         return None if key is None else self.settings[gguf_keys.READ[key]]
 
 
@@ -177,46 +187,82 @@ def _refuse_unsaid(source: Checkpoint, model: _Model) -> None:
     """Refuse a model whose config the format's keys do not say, before any weight is read."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / NAME
-        with closing(gguf.GGUFWriter(file, model.arch)) as writer:
+        with closing(gguf.GGUFWriter(file, model.kind.arch)) as writer:
             model.write_keys(writer)
+            writer.add_string(RECORDED, "{}")  # whose file it is
             _finish(writer)
-        reader, arch = file_format.opened(file)
-        read = config_of(file, gguf_keys.said(file, arch, file_format.fields(reader)))
-    lost = unlike(source.config, read)
+        lost = unsaid(source.config, file)
     if lost:
         key, (ours, theirs) = next(iter(lost.items()))
         raise QlabError(
             f"{source.path} has {key} {ours!r:.60}, and engines read {theirs!r:.60} of a GGUF file "
-            f"of architecture {model.arch!r}, whose keys do not say it; run the directory as it is"
+            f"of architecture {model.kind.arch!r}, whose keys do not say it; run the directory as "
+            "it is"
         )
 
 
 # ------------------------------------------------------------------ parts of the file
-def _add_tensor(
-    writer: "gguf.GGUFWriter",
-    model: _Model,
-    name: str,
-    tensor: Tensor,
-    spec: Spec | None,
-    notes: Notes,
-) -> None:
-    """Add a tensor of a leaf; notes the mark of a dense one."""
-    if spec is not None and tensor.dtype == torch.uint8:
-        kind = KINDS.__members__[gguf_blocks.KINDS[spec.bits]]
-    else:
-        if tensor.ndim == 1 and tensor.dtype in (torch.float16, torch.bfloat16):
-            notes.setdefault(WIDENED, {})[name] = {"dtype": str(tensor.dtype)}
-            tensor = tensor.float()
-        if tensor.dtype not in FLOATS:
-            raise QlabError(f"{name} is {tensor.dtype}, of which GGUF holds no weights")
-        kind = FLOATS[tensor.dtype]
-        notes.setdefault(MARKS, {})[name] = mark(tensor)
-    file_name = model.names[name]
-    heads = model.heads(file_name)
-    rows = tensor if heads is None else file_format.interleaved(tensor, heads)
-    if rows.dtype == torch.bfloat16:  # numpy has none
-        rows = rows.contiguous().view(torch.uint8)
-    writer.add_tensor(file_name, rows.contiguous().numpy(), raw_dtype=kind)
+class _Tensors:
+    """The tensors of a file, of which those of experts are gathered until all are there."""
+
+    def __init__(self, writer: "gguf.GGUFWriter", model: _Model):
+        self.writer, self.model = writer, model
+        named = [
+            file for name, file in model.names.items() if file_format.expert_of(name) is not None
+        ]
+        self.experts: dict[str, dict[int, Tensor]] = {file: {} for file in named}
+        self.kinds: dict[str, KINDS] = {}
+
+    def add(self, name: str, tensor: Tensor, spec: Spec | None, notes: Notes) -> None:
+        """Add a tensor of a leaf; notes the mark of a dense one."""
+        file_name = self.model.names[name]
+        kind, rows = self._rows(name, file_name, tensor, spec, notes)
+        expert = file_format.expert_of(name)
+        if expert is None:
+            self.writer.add_tensor(file_name, rows.contiguous().numpy(), raw_dtype=kind)
+            return
+        if self.kinds.setdefault(file_name, kind) != kind:
+            raise QlabError(
+                f"{name} is {kind.name} and other experts of its projection are "
+                f"{self.kinds[file_name].name}, and GGUF has one tensor for all; quantize all "
+                "experts to one spec"
+            )
+        gathered = self.experts[file_name]
+        gathered[expert] = rows
+        count = gguf_keys.told(self.model.kind, self.model.settings)["expert_count"]
+        if len(gathered) == count:
+            del self.experts[file_name]
+            stacked = torch.stack([rows for _, rows in sorted(gathered.items())])
+            self.writer.add_tensor(file_name, stacked.numpy(), raw_dtype=kind)
+
+    def _rows(
+        self, name: str, file_name: str, tensor: Tensor, spec: Spec | None, notes: Notes
+    ) -> tuple[KINDS, Tensor]:
+        """How the file stores a tensor, and its bytes or numbers."""
+        if spec is not None and tensor.dtype == torch.uint8:
+            kind = KINDS.__members__[gguf_blocks.KINDS[spec.bits]]
+        else:
+            if tensor.dtype not in FLOATS:
+                raise QlabError(f"{name} is {tensor.dtype}, of which GGUF holds no weights")
+            is_narrow = tensor.dtype in (torch.float16, torch.bfloat16)
+            if is_narrow and (tensor.ndim == 1 or ROUTER in file_name):
+                notes.setdefault(WIDENED, {})[name] = {"dtype": str(tensor.dtype)}
+                tensor = tensor.float()
+            tensor = self.model.kind.stored(name, tensor)
+            kind = FLOATS[tensor.dtype]
+            notes.setdefault(MARKS, {})[name] = mark(self.model.kind.restored(name, tensor))
+        heads = self.model.heads(file_name)
+        rows = tensor if heads is None else file_format.interleaved(tensor, heads)
+        # numpy has no bfloat16
+        return kind, rows.contiguous().view(torch.uint8) if rows.dtype == torch.bfloat16 else rows
+
+    def refuse_incomplete(self) -> None:
+        """Refuse projections of which not every expert has a weight."""
+        if self.experts:
+            raise QlabError(
+                f"the files do not have a weight of every expert for {some(list(self.experts))}; "
+                "download the model again"
+            )
 
 
 def _add_kind(writer: "gguf.GGUFWriter", targets: Mapping[str, Spec]) -> None:

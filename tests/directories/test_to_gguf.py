@@ -172,7 +172,7 @@ def test_scales_that_float16_does_not_hold_are_refused_or_rounded_and_said(made,
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"model_type": "mistral"}, ["architecture 'mistral'", "of llama, qwen2, qwen3"]),
+        ({"model_type": "cohere"}, ["architecture 'cohere'", "of llama, mistral, mixtral"]),
         ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "'silu'", "keys do not say it"]),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
