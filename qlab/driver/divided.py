@@ -8,6 +8,7 @@ is told to all. A step that sees more than one weight is run by rank 0.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from enum import Enum
 from fractions import Fraction
 from typing import Any
 
@@ -17,15 +18,13 @@ from qlab.algebra.running import apply, keys_of, select
 from qlab.algebra.statistic import PerExpert
 from qlab.algebra.stats import Stats, name_of
 from qlab.algebra.transform import Stage, Transform, unchanged
-from qlab.algebra.views import EachWeight, Uncovered, WholeBlock
+from qlab.algebra.views import Uncovered, WholeBlock
 from qlab.driver.learning import Leading
 from qlab.driver.observe import Division, Key, Totals, where
-from qlab.driver.owners import site_owners
+from qlab.driver.owners import BY_EXPERT, expert_owner, read_by, site_owners, turns
 from qlab.driver.parts import Parts
 from qlab.driver.ranks import Ranks
 from qlab.errors import QlabError
-
-BY_EXPERT = -1  # in the place of a rank: each has the states of its experts
 
 
 @dataclass(frozen=True)
@@ -69,29 +68,6 @@ class Divided(Division):
     def batches(self, count: int) -> Sequence[int]:
         return self.parts.numbers(self.ranks.rank, self.ranks.world)
 
-    def readers(self, key: Key, graph: ModuleGraph) -> list[int]:
-        """The ranks at which the first step that needs a statistic reads it, the smallest number
-        first."""
-        for stage in self.stages:
-            if stage.apply is not unchanged and key in keys_of(stage, graph):
-                return sorted(self._turns(stage, graph, key[0]))
-        return [0]
-
-    def _turns(
-        self, stage: Stage, graph: ModuleGraph, source: str | None = None
-    ) -> dict[int, frozenset[str] | None]:
-        """Rank -> the sites that it runs a step on, of one source or of all; None: whatever the
-        step sees."""
-        if not isinstance(stage.view, EachWeight):
-            return {0: graph.selected}
-        turns: dict[int, set[str]] = {}
-        for site in select(stage, graph).sites:
-            if source in (None, site.source):
-                by_expert = site.route and stage.view.by_expert and stage.needs
-                at = BY_EXPERT if by_expert else self.owners[site.path]
-                turns.setdefault(at, set()).add(site.path)
-        return {at: frozenset(paths) for at, paths in turns.items()}
-
     def by_expert(self, key: Key, states: Sequence[Any]) -> At:
         return At(frozenset({BY_EXPERT}), PerExpert(states, self._each))
 
@@ -99,8 +75,8 @@ class Divided(Division):
         return statistic.state.states
 
     def expert_of(self, expert: int) -> int:
-        """The rank that owns an expert: all of a site cost the same."""
-        return expert % self.ranks.world
+        """The rank that owns an expert."""
+        return expert_owner(expert, self.ranks.world)
 
     def _each(
         self, given: Callable[[int], Any], run: Callable[[int, Any], Any], count: int
@@ -148,16 +124,16 @@ class Divided(Division):
     def apply(self, stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         if stage.apply is unchanged or isinstance(stage.view, Uncovered):
             return apply(stage, graph, {})[0], stats
-        turns = self._turns(stage, graph)
+        turns_of = turns(stage, graph, self.owners)
         given = dict(stats)
-        for at, selected in sorted(turns.items()):
+        for at, selected in sorted(turns_of.items()):
             needed = keys_of(stage, replace(graph, selected=selected)) & given.keys()
             for key in sorted(needed, key=_named):
                 if isinstance(given[key], At):
                     given[key] = self.at(given[key], at)
         own = {key: s.state if isinstance(s, At) else s for key, s in given.items()}
-        if BY_EXPERT in turns:  # together, expert by expert
-            chosen = replace(graph, selected=turns.pop(BY_EXPERT))
+        if BY_EXPERT in turns_of:  # together, expert by expert
+            chosen = replace(graph, selected=turns_of.pop(BY_EXPERT))
             after, _ = apply(stage, chosen, own)
             graph = replace(after, selected=graph.selected)
         made: tuple[Any, Any, Any] | None = None
@@ -165,15 +141,15 @@ class Divided(Division):
         samples = given.get(SAMPLES) if isinstance(stage.view, WholeBlock) else None
         leading = None if samples is None else Leading(samples, self.ranks)
         own = own if leading is None else {**own, SAMPLES: leading}
-        if self.ranks.rank in turns:
-            before = replace(graph, selected=turns[self.ranks.rank])
+        if self.ranks.rank in turns_of:
+            before = replace(graph, selected=turns_of[self.ranks.rank])
             after, kept = apply(stage, before, own)
             made = _made(before, after, own, kept)
             if leading is not None:
                 leading.done()
         elif leading is not None:
             leading.follow(select(stage, graph))
-        for rank in sorted(turns):
+        for rank in sorted(turns_of):
             changes, moved, gone = self.ranks.told(made, by=rank)  # type: ignore[misc]
             graph = _changed(graph, changes)
             named = {_named(key): key for key in given}
@@ -196,7 +172,8 @@ class _Totals(Totals):
         super().__init__(graph, keys, experts, division.size)
         self.division, self.ranks, self.parts = division, division.ranks, division.parts
         self.own = self.parts.numbers(self.ranks.rank, self.ranks.world)
-        self.readers = {key: division.readers(key, graph) for key in sorted(keys, key=_named)}
+        asked = sorted(keys, key=_named)
+        self.readers = {key: read_by(division.stages, key, graph, division.owners) for key in asked}
         self.rounds = 0
         self.rates: dict[str, set[Fraction]] = {source: set() for source, _ in keys}
 
@@ -309,6 +286,12 @@ def _made(
     return _changes(before, after), moved, gone
 
 
+class _Target(Enum):
+    """A target that need not be told: every rank has it."""
+
+    LEAF = "the leaf of its name before the step"
+
+
 def _changes(before: ModuleGraph, after: ModuleGraph) -> dict[str, Any]:
     """Field -> (its entries that are other values, the names of those that are gone)."""
     found: dict[str, Any] = {}
@@ -317,6 +300,10 @@ def _changes(before: ModuleGraph, after: ModuleGraph) -> dict[str, Any]:
         if isinstance(old, Mapping) and old is not new:
             other = {k: v for k, v in new.items() if k not in old or not _same(v, old[k])}
             found[field.name] = other, [k for k in old if k not in new]
+    if "targets" in found:  # those of weights that were plain until now
+        other, gone = found["targets"]
+        known = {k: _Target.LEAF for k, v in other.items() if v is before.params.get(k)}
+        found["targets"] = {**other, **known}, gone
     return found
 
 
@@ -329,5 +316,6 @@ def _changed(graph: ModuleGraph, changes: Mapping[str, Any]) -> ModuleGraph:
     new: dict[str, Any] = {}
     for name, (other, gone) in changes.items():
         entries: Mapping[str, Any] = getattr(graph, name)
+        other = {k: graph.params[k] if v is _Target.LEAF else v for k, v in other.items()}
         new[name] = {**{k: v for k, v in entries.items() if k not in gone}, **other}
     return replace(graph, **new)

@@ -13,20 +13,21 @@ windows of l tokens; a second moment takes 2 k^2 for each row; what a step takes
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
-from qlab.algebra.graph import Code, Site, aten, by_source
+from qlab.algebra.graph import Code, ModuleGraph, Site, aten, by_source
 from qlab.algebra.transform import Stage
 from qlab.data.calibration import Data
 from qlab.driver.batches import batch_tokens
 from qlab.driver.duration import PASSES_OVER_FILES, SQUARED, effort_of
 from qlab.driver.job import Job
-from qlab.driver.owners import site_owners
+from qlab.driver.owners import experts_of, site_owners
 from qlab.driver.parts import Parts, most_of
 from qlab.driver.sites import Sites
+from qlab.driver.traffic import Traffic
 from qlab.errors import QlabError
 
-FP32 = 4  # bytes of a number
 SHARE_OF_FLOAT32 = 1 / 8  # of a device's rate of products, where none is given for float32
 CALL = 5e-6  # seconds that a small operation takes on a device, where none is given
 
@@ -146,13 +147,14 @@ class _Run:
         data = self.job.observed
         if data is None:
             return
-        per_pass, states = 0.0, 0.0
+        per_pass, states, last = 0.0, 0.0, list(self.sites.codes)[-1]
         for path, code in self.sites.codes.items():
             if not code.sites:
                 continue
             met = sum(self._met(path, site) for site in code.sites)
             per_pass += data.count * (2 * met + _attention(code) * data.longest)
-            states += data.count * self._shape(path, code.sites[0])[-1] * hidden_bytes
+            if path != last:  # nobody needs what leaves that one
+                states += data.count * self._shape(path, code.sites[0])[-1] * hidden_bytes
         streams = 1 + self.job.runs_reference
         moved = states * streams * (1 - self.share if self.ranks > 1 else 0)
         yield Expense(
@@ -175,22 +177,20 @@ class _Run:
         squared = sum(name in SQUARED for name in self.job.statistics)
         if data is None or not squared:
             return
-        parts = Parts(batches_of(self.job)).count
-        operations = bytes_ = 0.0
+        operations = 0.0
         for path, code in self.sites.codes.items():
             for first, *_ in by_source(code.sites).values():
                 k = self._shape(path, first)[-1]
                 rows = data.count * self._visits(path, first)
                 operations += squared * 2.0 * rows * k**2
-                bytes_ += squared * FP32 * float(k) ** 2 * self._experts(path, first)
-        sent = parts * bytes_ * (1 - 1 / self.ranks)
+        moved = [traffic.statistics() for traffic in self.traffic]
         yield Expense(
             stage="statistics",
             operations=operations,
             slowest=operations * self.share,
             wide=True,
-            sent=sent,
-            received=sent / self.ranks,
+            sent=sum(one.sent for one in moved),
+            received=sum(one.received for one in moved),
         )
 
     def solving(self, stage: Stage) -> Expense:
@@ -214,7 +214,7 @@ class _Run:
         return Expense(stage=stage.name, operations=total, slowest=slowest, wide=True, calls=calls)
 
     def codes(self) -> Expense:
-        """Codes, told to all ranks and written by rank 0; a byte for each until they are packed."""
+        """Codes, told to all ranks, and written by rank 0."""
         numbers = sum(
             float(self.sites.shapes[f"{path}.{site.path}"].numel())
             for path, code in self.sites.codes.items()
@@ -224,13 +224,31 @@ class _Run:
         if not any(stage.spec is not None for stage in self.job.recipe):
             numbers = 0.0
         bits = {s.spec.bits for s in self.job.recipe if s.spec is not None}
-        told = self.job.observed is not None and self.ranks > 1
+        moved = [traffic.codes() for traffic in self.traffic]
         return Expense(
             stage="codes",
             read=numbers * max(bits, default=0) / 8,
-            sent=numbers * (self.ranks - 1) * told,
-            received=numbers * (1 - 1 / self.ranks) * told,
+            sent=sum(one.sent for one in moved),
+            received=sum(one.received for one in moved),
         )
+
+    @cached_property
+    def traffic(self) -> list[Traffic]:
+        """The blocks among ranks; none for one process."""
+        if self.ranks == 1:
+            return []
+        return [
+            Traffic(
+                graph=ModuleGraph(code, {}, path),
+                shapes={site: self._shape(path, site) for site in code.sites},
+                owner=self._owners(path, code),
+                stages=self.job.recipe,
+                parts=Parts(batches_of(self.job)),
+                ranks=self.ranks,
+                dtype=self.job.model.dtype,
+            )
+            for path, code in self.sites.codes.items()
+        ]
 
     def _at_once(self, path: str, code: Code) -> Sequence[Sequence[Site]]:
         """The sites of a block that are solved at one time: of one input, or all."""
@@ -251,7 +269,7 @@ class _Run:
             yield owner, experts
             return
         for rank in range(min(self.ranks, experts)):
-            yield rank, len(range(rank, experts, self.ranks))
+            yield rank, experts_of(rank, experts, self.ranks)
 
     def _shape(self, path: str, site: Site) -> Sequence[int]:
         return self.sites.shapes[f"{path}.{site.path}"]

@@ -9,9 +9,10 @@ moves their final hidden states to the ranks that run their heads, and the gradi
 from collections.abc import Iterator
 
 from qlab.algebra.bind import Bind, Foreseen
-from qlab.driver.expense import FP32, Expense, share_of, windows_of
+from qlab.driver.expense import Expense, share_of, windows_of
 from qlab.driver.foreseen import Measured, runs_of
 from qlab.driver.job import Job
+from qlab.driver.memory import FP32
 from qlab.driver.parts import Parts
 from qlab.driver.sites import Sites
 

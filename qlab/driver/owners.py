@@ -3,11 +3,15 @@ that every rank and every plan chooses alike."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from qlab.algebra.graph import Site
+from qlab.algebra.graph import ModuleGraph, Site
+from qlab.algebra.running import keys_of, select
+from qlab.algebra.transform import Stage, unchanged
+from qlab.algebra.views import EachWeight
 
 K = TypeVar("K", bound=Hashable)
+BY_EXPERT = -1  # in the place of a rank: each has what belongs to its experts
 
 
 def owners(costs: Mapping[K, float], ranks: int) -> dict[K, int]:
@@ -49,3 +53,40 @@ def site_owners(
         costs[unit] = costs.get(unit, 0.0) + prod(experts) * solving_cost(o, k)
     owner = {unit: rank for costs in groups.values() for unit, rank in owners(costs, ranks).items()}
     return {path: owner[unit] for path, unit in units.items()}
+
+
+def expert_owner(expert: int, ranks: int) -> int:
+    """The rank that owns an expert: all of a site cost the same."""
+    return expert % ranks
+
+
+def experts_of(rank: int, experts: int, ranks: int) -> int:
+    """How many of so many experts a rank owns."""
+    return len(range(rank, experts, ranks))
+
+
+def turns(
+    stage: Stage, graph: ModuleGraph, owner: Mapping[str, int], source: str | None = None
+) -> dict[int, frozenset[str] | None]:
+    """Rank -> the sites that it runs a step on, of one source or of all; None: whatever the step
+    sees. owner: as `site_owners` gives it."""
+    if not isinstance(stage.view, EachWeight):
+        return {0: graph.selected}
+    paths: dict[int, set[str]] = {}
+    for site in select(stage, graph).sites:
+        if source in (None, site.source):
+            by_expert = site.route and stage.view.by_expert and stage.needs
+            at = BY_EXPERT if by_expert else owner[site.path]
+            paths.setdefault(at, set()).add(site.path)
+    return {at: frozenset(of_rank) for at, of_rank in paths.items()}
+
+
+def read_by(
+    stages: Sequence[Stage], key: tuple[str, Any], graph: ModuleGraph, owner: Mapping[str, int]
+) -> list[int]:
+    """The ranks at which the first step that needs a statistic reads it, the smallest number
+    first."""
+    for stage in stages:
+        if stage.apply is not unchanged and key in keys_of(stage, graph):
+            return sorted(turns(stage, graph, owner, key[0]))
+    return [0]
