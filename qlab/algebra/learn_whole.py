@@ -31,7 +31,6 @@ NOTHING_ROUNDED = (
     "{} tunes what was rounded, and nothing in front of it rounds a weight; put a method such as "
     "gptq(spec) in front of it"
 )
-FP32 = 4  # bytes of a number
 LOOKS = 6  # how often the divergence on the windows held out is looked at, at most
 
 
@@ -120,7 +119,7 @@ def foreseen(step: str, relaxed: Relaxed, schedule: Schedule, outline: Outline) 
         backward=schedule.steps * schedule.windows,
         at_once=max(schedule.windows, len(held_out)),
         in_a_pass=schedule.windows,
-        summed=FP32 * learned,
+        summed=torch.float32.itemsize * learned,
         kept=outline.windows,
         learned=learned,
         copies=relaxed.copies,

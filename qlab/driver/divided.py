@@ -173,6 +173,7 @@ class _Totals(Totals):
         self.division, self.ranks, self.parts = division, division.ranks, division.parts
         self.own = self.parts.numbers(self.ranks.rank, self.ranks.world)
         asked = sorted(keys, key=_named)
+        _refuse_alike(asked)
         self.readers = {key: read_by(division.stages, key, graph, division.owners) for key in asked}
         self.rounds = 0
         self.rates: dict[str, set[Fraction]] = {source: set() for source, _ in keys}
@@ -274,6 +275,17 @@ def _fused(stages: Transform) -> bool:
 def _named(key: Key) -> tuple[str, str]:
     """A statistic's key as all ranks have it."""
     return key[0], name_of(key[1])
+
+
+def _refuse_alike(keys: Sequence[Key]) -> None:
+    """Refuse two statistics of one input that ranks could not tell apart."""
+    names = [_named(key) for key in keys]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise QlabError(
+            f"two statistics of {twice[0]} have the name {twice[1]!r}, by which ranks tell them "
+            "apart; give each a name of its own"
+        )
 
 
 # ------------------------------------------------------------------ what a step changed

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 
 from qlab.algebra.bind import Bind, Foreseen
 from qlab.driver.expense import Expense, share_of, windows_of
-from qlab.driver.foreseen import Measured, runs_of
+from qlab.driver.foreseen import FP32, Measured, runs_of
 from qlab.driver.job import Job
-from qlab.driver.memory import FP32
 from qlab.driver.parts import Parts
 from qlab.driver.sites import Sites
 

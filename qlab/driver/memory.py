@@ -15,7 +15,7 @@ from qlab.algebra.transform import Stage
 from qlab.algebra.views import EverySegment, Gauged, WholeBlock, WholeModelBasis
 from qlab.data.calibration import Data
 from qlab.driver.batches import batch_tokens
-from qlab.driver.foreseen import Measured, Running, around_bytes
+from qlab.driver.foreseen import FP32, Measured, Running, around_bytes
 from qlab.driver.job import Job
 from qlab.driver.learning import KEPT
 from qlab.driver.scores import score_bytes
@@ -23,7 +23,6 @@ from qlab.driver.sites import Sites
 from qlab.driver.solve import HELD
 from qlab.model.skeleton import Skeleton
 
-FP32 = 4  # bytes of a number
 # copies of a weight in fp32: a solver's, and while the errors of a solved weight are measured
 SOLVER_COPIES, ERRORS = 5, 4
 # Of all weights that a step learns in a block, in fp32, that it holds at once: weights, parameters,

@@ -12,9 +12,9 @@ from qlab.algebra.transform import Stage
 from qlab.data.calibration import Data
 from qlab.driver.duration import SQUARED
 from qlab.driver.expense import batches_of, share_of
-from qlab.driver.foreseen import Measured, of_rank
+from qlab.driver.foreseen import FP32, Measured, of_rank
 from qlab.driver.job import Job
-from qlab.driver.memory import FP32, predict_memory
+from qlab.driver.memory import predict_memory
 from qlab.driver.owners import site_owners
 from qlab.driver.sites import Sites
 from qlab.model.skeleton import Skeleton

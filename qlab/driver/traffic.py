@@ -16,11 +16,10 @@ from qlab.algebra.stats import name_of
 from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import Gauged
 from qlab.driver.duration import SQUARED
+from qlab.driver.foreseen import FP32
 from qlab.driver.observe import Key
 from qlab.driver.owners import BY_EXPERT, experts_of, turns
 from qlab.driver.parts import Parts
-
-FP32 = 4  # bytes of a number
 
 
 class Moved(NamedTuple):

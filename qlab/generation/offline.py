@@ -47,7 +47,7 @@ class Prompts:
 
 def prompts_of(path: Path) -> Prompts:
     """The prompts of a file. Refuses a line that is none, with its number."""
-    numbered = [(n, line) for n, line in enumerate(path.read_bytes().splitlines(), 1)]
+    numbered = enumerate(path.read_bytes().splitlines(), 1)
     asked = [(number, line) for number, line in numbered if line.strip()]
     rows = tuple(_row(line, f"{path}, line {number}") for number, line in asked)
     return Prompts(path=path, lines=tuple(line for _, line in asked), rows=rows)
@@ -160,7 +160,9 @@ def _known_by(line: bytes, where: str) -> dict[str, str]:
         row = json.loads(line)
         return {name: str(row[name]) for name in ("prompt_sha256", "run_sha256")}
     except (ValueError, KeyError, TypeError) as error:
-        raise QlabError(f"{where} is no answer of qlab run; name another file") from error
+        raise QlabError(
+            f"{where} is no answer of this version of qlab run; name another file"
+        ) from error
 
 
 def _replies(

@@ -12,6 +12,7 @@ from ranks import run_ranks
 
 import qlab.files.atomic
 from qlab.algebra.spec import parse_spec
+from qlab.algebra.statistic import Stat
 from qlab.algebra.stats import Moment
 from qlab.algebra.transform import chain, each_weight, rules
 from qlab.driver import batches
@@ -119,12 +120,20 @@ def fails(W_ok, stats, spec):
     raise QlabError("it will not do")
 
 
+def observing(name):
+    """A step with a statistic of its own, under a name that all these share."""
+    stat = Stat(lambda seen: seen.x_nk.abs().amax().float(), torch.maximum, name="peak")
+    return each_weight(name, lambda W_ok, stats, spec: (W_ok, {}), None, {stat})
+
+
 def refusals(rank, source, folder):
-    """What every rank says of ranks that see something else, and of one that fails in the work."""
+    """What every rank says of ranks that see something else, of one that fails in the work, and of
+    statistics that none can tell apart."""
     said = []
-    seeds = [dict(seed=rank), dict()]
+    seeds = [dict(seed=rank), dict(), dict()]
     failing = each_weight("failing", fails, None)
-    recipes = [gptq(SPEC), failing]
+    alike = chain(observing("one"), observing("other"), rtn(SPEC))
+    recipes = [gptq(SPEC), failing, alike]
     for number, (recipe, seed) in enumerate(zip(recipes, seeds)):
         data = random_tokens(source, samples=2, length=LENGTH, **seed)
         try:
@@ -136,10 +145,11 @@ def refusals(rank, source, folder):
 
 def test_ranks_that_see_other_data_or_fail_are_told_once(saved, tmp_path):
     first, second = run_ranks(tmp_path, 2, refusals, saved("llama"), tmp_path / "out")
-    assert [kind for kind, _ in first] == [QlabError] * 2, first
-    assert [kind for kind, _ in second] == [ToldElsewhere] * 2, second
+    assert [kind for kind, _ in first] == [QlabError] * 3, first
+    assert [kind for kind, _ in second[:2]] == [ToldElsewhere] * 2, second
     assert "different calibration data: rank 1 has" in first[0][1]
     assert "it will not do" in first[1][1] and "it will not do" in second[1][1]
+    assert all("have the name 'peak'" in said[2][1] for said in (first, second))
 
 
 def test_processes_that_no_group_joins_are_refused(saved, tmp_path, monkeypatch):

@@ -181,7 +181,7 @@ def test_bad_lines_are_named_and_nothing_that_was_answered_is_lost(pipe, asked, 
         "another model",
     )
     out.write_text("{}\n")
-    refused(run, "no answer of qlab run")
+    refused(run, "no answer of this version of qlab run")
     out.write_bytes(answers)
     asked.write_bytes(lines[0])
     refused(run, "3 answers", "1 prompts")
