@@ -126,11 +126,12 @@ def test_killed_again_and_again_and_started_again(jobs, quantize, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_one_that_comes_when_a_run_is_noted_as_whole_makes_nothing_again(tmp_path):
+@pytest.mark.parametrize("before", [0, 1])
+def test_one_that_comes_when_a_run_is_noted_as_whole_makes_nothing_again(before, tmp_path):
     class Noted:
-        """A run, and its parts: all are written, and it is noted after the first question."""
+        """A run, and its parts: they go, and it is noted, after the first question, or before."""
 
-        asked = 0
+        asked = before
 
         def claim(self, index):
             return tmp_path / "claim"

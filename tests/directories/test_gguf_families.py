@@ -12,7 +12,7 @@ import pytest
 import torch
 from bytewise import TEXTS, VOCABULARY, model_folder
 from bytewise import tokenizer as bytes_tokenizer
-from model_folders import bits_equal, refused
+from model_folders import bits_equal, prose, refused
 from piecewise import SPACES, tokenizer
 
 import qlab
@@ -143,7 +143,8 @@ def test_llama_cpp_joins_pieces_to_the_same_tokens(spaces, piece_model, tmp_path
     words = tokenizer(spaces)
     words.save_pretrained(piece_model)
     file = convert(piece_model, "gguf", tmp_path / "x.gguf").path
-    assert of_llama(file, texts=TEXTS)["ids"] == [words(text).input_ids for text in TEXTS]
+    texts = [*TEXTS, prose(64)]  # in the last one joins compete
+    assert of_llama(file, texts=texts)["ids"] == [words(text).input_ids for text in texts]
     fields = gguf.GGUFReader(file).fields
     kinds = fields["tokenizer.ggml.token_type"].contents()
     assert kinds[0] == gguf.TokenType.UNKNOWN and kinds[4:260] == [gguf.TokenType.BYTE] * 256

@@ -307,3 +307,6 @@ def test_one_call_at_most_is_made_where_no_more_are_wanted(client, server, monke
         for wanted in (True, False)
     )
     assert (len(both), len(one)) == (2, 1)
+    pieces = chat(client, tools=TOOLS, parallel_tool_calls=False, stream=True)
+    deltas = [piece.choices[0].delta.tool_calls or () for piece in pieces]
+    assert {call.index for of_piece in deltas for call in of_piece} == {0}
