@@ -18,6 +18,7 @@ from qlab.driver.quantize import quantize
 from qlab.driver.ranks import together
 from qlab.errors import QlabError, ToldElsewhere
 from qlab.files.checkpoint import open_checkpoint
+from qlab.methods.allocate import allocate
 from qlab.methods.guidedquant import guidedquant
 from qlab.methods.kl_tune import kl_tune
 from qlab.methods.qat_end_to_end import qat_end_to_end
@@ -31,6 +32,7 @@ RECIPES = {
     "qat_end_to_end": lambda: chain(rtn(INT4), qat_end_to_end(steps=1, windows=1)),
     "spinquant": lambda: chain(spinquant(INT4, steps=1), rtn(INT4)),
     "guidedquant": lambda: guidedquant(INT4, groups=2),
+    "allocate": lambda: allocate([rtn(parse_spec(f"int{bits}-g16")) for bits in (3, 4, 8)], 7),
 }
 CASES = [*(("llama", name, 5) for name in RECIPES), ("qwen3_moe", "kl_tune", 5)]
 FEW = [("llama", "kl_tune", 2)]  # a window to learn from, and one held out
