@@ -26,6 +26,7 @@
 #include <memory>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <utility>
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
@@ -73,7 +74,7 @@ struct Tokens {                            // rounded: [m][blocks] of each
 struct Output {
   char* data;
   Kind kind;
-  int64_t n;
+  int64_t stride;                          // numbers from a token to the next
 };
 
 INLINE int64_t size_of(Kind kind) { return kind == F32 ? 4 : 2; }
@@ -191,7 +192,7 @@ VNNI void round_vnni(const Input& x, const Tokens& to, int64_t offset, int64_t b
 
 // ---------------------------------------------------------------- results
 INLINE void store_any(const float* from, const Output& y, int64_t t, int64_t row, int64_t count) {
-  char* to = y.data + (t * y.n + row) * size_of(y.kind);
+  char* to = y.data + (t * y.stride + row) * size_of(y.kind);
   if (y.kind == F32) std::memcpy(to, from, 4 * count);
   uint16_t* halves = reinterpret_cast<uint16_t*>(to);
   if (y.kind == BF16) {
@@ -212,7 +213,7 @@ AVX2 void store_avx2(const float* from, const Output& y, int64_t t, int64_t row,
   uint16_t rounded[ROWS];
   for (int i = 0; i < ROWS; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(rounded + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
-  std::memcpy(y.data + (t * y.n + row) * 2, rounded, 2 * count);
+  std::memcpy(y.data + (t * y.stride + row) * 2, rounded, 2 * count);
 }
 
 // ---------------------------------------------------------------- portable: the formula as it stands
@@ -502,19 +503,26 @@ Implementation implementation(int64_t path) {
 }
 
 // ---------------------------------------------------------------- the product
-struct Job {
+struct Rounding {
   const Input& x;
-  const Weight& w;
-  const Output& y;
-  Tokens tokens;
-  Implementation path;
-  int64_t chunks;
+  const Tokens& tokens;
+  const Implementation& path;
+  int64_t offset;
 };
 
 void round_some(int64_t begin, int64_t end, void* of) {
-  const Job& job = *static_cast<const Job*>(of);
-  job.path.round(job.x, job.tokens, job.w.offset(), begin, end);
+  const Rounding& job = *static_cast<const Rounding*>(of);
+  job.path.round(job.x, job.tokens, job.offset, begin, end);
 }
+
+struct Job {
+  int64_t m;
+  const Weight& w;
+  const Output& y;
+  const Tokens& tokens;
+  const Implementation& path;
+  int64_t chunks;
+};
 
 void multiply_some(int64_t begin, int64_t end, void* of) {
   const Job& job = *static_cast<const Job*>(of);
@@ -522,7 +530,7 @@ void multiply_some(int64_t begin, int64_t end, void* of) {
   for (int64_t task = begin; task < end; task++) {
     const int64_t row_block = task / job.chunks, row = row_block * ROWS;
     const int64_t count = std::min(ROWS, job.w.n - row);
-    const int64_t last = std::min(job.x.m, (task % job.chunks + 1) * CHUNK);
+    const int64_t last = std::min(job.m, (task % job.chunks + 1) * CHUNK);
     const Step* step = job.path.steps;
     for (int64_t t = task % job.chunks * CHUNK; t < last; t += step->tokens) {
       while (step->tokens > last - t) step++;
@@ -532,18 +540,34 @@ void multiply_some(int64_t begin, int64_t end, void* of) {
   }
 }
 
+// x rounded for weights of so many blocks and of this offset.
+struct Rounded {
+  std::unique_ptr<char, decltype(&std::free)> room{nullptr, std::free};
+  Tokens tokens;
+
+  Rounded(const Input& x, const Weight& w, const Implementation& path) {
+    const int64_t blocks = x.m * w.blocks;
+    const size_t bytes = blocks * (BLOCK + sizeof(float) + sizeof(int32_t));
+    room.reset(static_cast<char*>(std::malloc(bytes + 64)));
+    char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(room.get()) + 63) & ~uintptr_t(63));
+    tokens = {reinterpret_cast<int8_t*>(aligned), reinterpret_cast<float*>(aligned + blocks * BLOCK), nullptr, w.blocks};
+    tokens.shifts = reinterpret_cast<int32_t*>(tokens.scales + blocks);
+    Rounding job{x, tokens, path, w.offset()};
+    torch_parallel_for(0, x.m, std::max<int64_t>(1, GRAIN / 8 / (w.blocks * BLOCK)), round_some, &job);
+  }
+};
+
+void multiply(int64_t m, const Tokens& tokens, const Weight& w, const Output& y, const Implementation& path) {
+  if (m == 0 || w.n == 0) return;
+  Job job{m, w, y, tokens, path, (m + CHUNK - 1) / CHUNK};
+  const int64_t task_products = ROWS * w.blocks * BLOCK * std::min(m, CHUNK);
+  torch_parallel_for(0, w.row_blocks() * job.chunks, std::max<int64_t>(1, GRAIN / task_products), multiply_some, &job);
+}
+
 void multiply(const Input& x, const Weight& w, const Output& y, int64_t path) {
   if (x.m == 0 || w.n == 0) return;
-  const int64_t blocks = x.m * w.blocks;
-  const size_t bytes = blocks * (BLOCK + sizeof(float) + sizeof(int32_t));
-  std::unique_ptr<char, decltype(&std::free)> room(static_cast<char*>(std::malloc(bytes + 64)), std::free);
-  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(room.get()) + 63) & ~uintptr_t(63));
-  Tokens tokens{reinterpret_cast<int8_t*>(aligned), reinterpret_cast<float*>(aligned + blocks * BLOCK), nullptr, w.blocks};
-  tokens.shifts = reinterpret_cast<int32_t*>(tokens.scales + blocks);
-  Job job{x, w, y, tokens, implementation(path), (x.m + CHUNK - 1) / CHUNK};
-  torch_parallel_for(0, x.m, std::max<int64_t>(1, GRAIN / 8 / (w.blocks * BLOCK)), round_some, &job);
-  const int64_t task_products = ROWS * w.blocks * BLOCK * std::min(x.m, CHUNK);
-  torch_parallel_for(0, w.row_blocks() * job.chunks, std::max<int64_t>(1, GRAIN / task_products), multiply_some, &job);
+  const Implementation chosen = implementation(path);
+  multiply(x.m, Rounded(x, w, chosen).tokens, w, y, chosen);
 }
 
 // ---------------------------------------------------------------- as torch's operators
@@ -573,6 +597,36 @@ void boxed_mm(StableIValue* stack, uint64_t, uint64_t) {
   multiply(input, weight(words, scales, zeros, 1, n, group), {data_of(y), kind_of(x), n}, path);
   stack[0] = value_of(y);
 }
+
+struct Parts {
+  Argument words, scales, zeros;
+  explicit Parts(const StableIValue* of) : words(of[0]), scales(of[1]), zeros(of[2]) {}
+};
+
+// int4_int8_pair, int4_int8_triple(Tensor x, words, scales, zeros of each weight, int n of each, int group, int path)
+// -> Tensor: the results of each side by side. x is rounded once, for weights of one number of bits.
+template <size_t... EACH>
+void boxed_joined(StableIValue* stack, std::index_sequence<EACH...>) {
+  constexpr size_t COUNT = sizeof...(EACH);
+  const Argument x(stack[0]);
+  const Parts parts[COUNT] = {Parts(stack + 1 + 3 * EACH)...};
+  const StableIValue* last = stack + 1 + 3 * COUNT;
+  const int64_t group = int64_t(last[COUNT]), n = ((int64_t(last[EACH])) + ...);
+  const Weight weights[COUNT] = {weight(parts[EACH].words, parts[EACH].scales, parts[EACH].zeros, 1, int64_t(last[EACH]), group)...};
+  const Implementation path = implementation(int64_t(last[COUNT + 1]));
+  AtenTensorHandle y = empty({x.size(0), n}, x.dtype());
+  const Input input{x.data(), kind_of(x), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+  const Rounded rounded(input, weights[0], path);
+  char* data = data_of(y);
+  for (const Weight& w : weights) {
+    multiply(input.m, rounded.tokens, w, {data, input.kind, n}, path);
+    data += w.n * size_of(input.kind);
+  }
+  stack[0] = value_of(y);
+}
+
+void boxed_pair(StableIValue* stack, uint64_t, uint64_t) { boxed_joined(stack, std::make_index_sequence<2>()); }
+void boxed_triple(StableIValue* stack, uint64_t, uint64_t) { boxed_joined(stack, std::make_index_sequence<3>()); }
 
 // int4_int8_grouped_mm(Tensor x, Tensor words, Tensor scales, Tensor zeros, Tensor ends, int n, int group, int path)
 // -> Tensor: rows ends[e - 1] to ends[e] by the weight of expert e; ends int64 [e], contiguous.
@@ -604,5 +658,7 @@ extern "C" int32_t qlab_register() {
   int32_t failed = aoti_torch_library_init_impl("qlab", "CPU", __FILE__, __LINE__, &library);
   failed = failed || aoti_torch_library_impl(library, "int4_int8_mm", boxed_mm);
   failed = failed || aoti_torch_library_impl(library, "int4_int8_forward", boxed_mm);
+  failed = failed || aoti_torch_library_impl(library, "int4_int8_pair", boxed_pair);
+  failed = failed || aoti_torch_library_impl(library, "int4_int8_triple", boxed_triple);
   return failed || aoti_torch_library_impl(library, "int4_int8_grouped_mm", boxed_grouped_mm);
 }

@@ -27,12 +27,23 @@ Program = Callable[..., Any]  # (module, *args, **kwargs) -> what the module ret
 
 def of_step(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The program of a whole step."""
+    _of_one_size(args, kwargs)
     return model(*args, **kwargs)
 
 
 def of_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The program of a block or of the head."""
+    _of_one_size(args, kwargs)
     return type(module).forward(module, *args, **kwargs)
+
+
+def _of_one_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Say that all slots are as many, so that a graph has one size of them as its input."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Rows):
+            first, *others = value.pool.tensors()
+            for slots in others:
+                torch._check(slots.shape[0] == first.shape[0])
 
 
 class Blocks:

@@ -56,6 +56,19 @@ def test_a_whole_step_is_one_graph_for_each_bucket(monkeypatch):
     assert stats["ready"] == (1, 2) and (stats["graphs"], stats["recompiles"]) == (2, 0)
 
 
+def test_the_sizes_that_a_graph_is_handed_do_not_count_its_layers(monkeypatch):
+    counts = []
+
+    def made(graph, inputs, options):
+        counts.append(sum(isinstance(x, torch.SymInt) for x in inputs))
+        return graph.forward
+
+    monkeypatch.setattr(module, "inductor", made)
+    for layers in (2, 4):
+        ready(tiny("llama", num_hidden_layers=layers).eval(), "model", rows=1)
+    assert counts[0] == counts[1]
+
+
 def test_a_thousand_mixed_requests_need_no_graph_that_the_warm_up_has_not_made(monkeypatch):
     traced(monkeypatch, "aot_eager")
     engine = ready(tiny("llama").eval(), "block", rows=4, chunk=64)

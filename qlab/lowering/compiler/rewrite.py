@@ -14,6 +14,7 @@ opaque to every other pass:
     int8_mm(x, w) of few tokens, on a CPU                  ->  aten's int8 product
     mm(x [1, k], W.T), W dense, on a CPU                   ->  sum_k x * W
     int4_int8_mm(x, w)                                     ->  the same without a gradient
+    int4_int8_mm(x, v), int4_int8_mm(x, w)                 ->  one operator, which rounds x once
     one_token(q, k[at], v[at])                             ->  the same, of k and v in place
 """
 
@@ -27,6 +28,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from qlab.algebra.products import product_dtype
 from qlab.lowering.compiler.bytes import choose_bytes
 from qlab.lowering.compiler.gradients import drop_gradients
+from qlab.lowering.compiler.joined import join
 from qlab.lowering.compiler.nodes import call, contiguous, replace
 from qlab.lowering.compiler.slots import read_slots
 from qlab.lowering.weights import cpu
@@ -42,6 +44,7 @@ PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 SOURCES = (
     "compiler/gradients.py",
     "compiler/bytes.py",
+    "compiler/joined.py",
     "compiler/nodes.py",
     "compiler/rewrite.py",
     "compiler/slots.py",
@@ -57,10 +60,10 @@ SOURCES = (
 
 class Rewrite(CustomGraphPass):
     """The pass. fused, chosen, streamed, in_place: how many nodes each rewrite replaced in the last
-    graph."""
+    graph. joined: how many operators stand for several products there."""
 
     def __init__(self) -> None:
-        self.fused, self.chosen, self.streamed, self.in_place = 0, 0, 0, 0
+        self.fused, self.chosen, self.streamed, self.in_place, self.joined = 0, 0, 0, 0, 0
 
     def __call__(self, graph: Any) -> None:
         self.fused = fuse(graph)
@@ -68,6 +71,7 @@ class Rewrite(CustomGraphPass):
         self.streamed = stream(graph)
         self.in_place = read_slots(graph)
         drop_gradients(graph)
+        self.joined = join(graph)
 
     def uuid(self) -> bytes:
         """Changes with the pass, with the config cache, which it looks into while it runs, and with

@@ -6,11 +6,13 @@ the table.
         ends[e-1]:ends[e] of x by expert e
     qlab::int4_int8_forward(x, words, ...)                                 -> the first without its
         gradient
+    qlab::int4_int8_pair, int4_int8_triple(x, words, ..., words, ...)      -> y [m, n + ...]: of two
+        or three weights, side by side; x is rounded once
 
 The compiled library registers them, so that a compiled graph calls them without Python: the
-compiler pass takes the last one, because the gradient of the first is Python. zeros is empty for a
-symmetric weight, and `path` a number of `qlab_kernels.int4_int8.PATHS`, 0 for the best. Products
-have a gradient by x, through the dequantized weight and as if x were not rounded.
+compiler pass takes those without a gradient, because the gradient of the first is Python. zeros is
+empty for a symmetric weight, and `path` a number of `qlab_kernels.int4_int8.PATHS`, 0 for the best.
+Products have a gradient by x, through the dequantized weight and as if x were not rounded.
 """
 
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from qlab.lowering.weights.int4 import expert, in_order
 from qlab.lowering.weights.setting import Setting
 
 BLOCK = 32  # channels of x that share a scale; groups of W are multiples of it
+NONE = torch.empty(0, dtype=torch.int8)  # one tensor for all weights: one input of a compiled graph
 
 
 class Interleaved(NamedTuple):
@@ -103,7 +106,7 @@ def pack(path: str, leaf: QTensor, setting: Setting) -> Interleaved:
         scales=_narrowest(torch.stack(scales) if is_fused else scales[0]),
         zeros=torch.stack(zeros).to(torch.int8).view(*_leading(leaf), *zeros[0].shape)
         if zeros
-        else torch.empty(0, dtype=torch.int8),
+        else NONE,
         perm=leaf.perm,
         n=leaf.shape[-2],
         k=k,
@@ -174,32 +177,44 @@ def _dense(
 
 
 # ---------------------------------------------------------------- operators
-WEIGHT = "Tensor x, Tensor words, Tensor scales, Tensor zeros"
-torch.library.define("qlab::int4_int8_mm", f"({WEIGHT}, int n, int group, int path) -> Tensor")
-torch.library.define("qlab::int4_int8_forward", f"({WEIGHT}, int n, int group, int path) -> Tensor")
-torch.library.impl("qlab::int4_int8_forward", "Autograd", torch.library.fallthrough_kernel)
-torch.library.define(
-    "qlab::int4_int8_grouped_mm", f"({WEIGHT}, Tensor ends, int n, int group, int path) -> Tensor"
-)
+WEIGHTS = {"int4_int8_mm": 1, "int4_int8_forward": 1, "int4_int8_pair": 2, "int4_int8_triple": 3}
 
 
-@torch.library.impl("qlab::int4_int8_mm", "CompositeExplicitAutograd")
-def _load_and_mm(x: Tensor, *arguments: Any) -> Tensor:
+def _schema(count: int) -> str:
+    """Of a product with so many weights."""
+    parts = [f"Tensor words_{i}, Tensor scales_{i}, Tensor zeros_{i}" for i in range(count)]
+    rows = [f"int n_{i}" for i in range(count)]
+    return f"(Tensor x, {', '.join([*parts, *rows])}, int group, int path) -> Tensor"
+
+
+def _of_library(name: str) -> Any:
     """The operator in a process that did not pack the weight: the library's takes its place."""
-    _load(x.device)
-    return torch.ops.qlab.int4_int8_mm(x, *arguments)
+
+    def load_and_call(x: Tensor, *arguments: Any) -> Tensor:
+        _load(x.device)
+        return getattr(torch.ops.qlab, name)(x, *arguments)
+
+    return load_and_call
 
 
-@torch.library.impl("qlab::int4_int8_forward", "CompositeExplicitAutograd")
-def _load_and_forward(x: Tensor, *arguments: Any) -> Tensor:
-    _load(x.device)
-    return torch.ops.qlab.int4_int8_forward(x, *arguments)
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape[0], sum(a for a in arguments[:-2] if not isinstance(a, Tensor)))
 
 
-@torch.library.impl("qlab::int4_int8_grouped_mm", "CompositeExplicitAutograd")
-def _load_and_grouped_mm(x: Tensor, *arguments: Any) -> Tensor:
-    _load(x.device)
-    return torch.ops.qlab.int4_int8_grouped_mm(x, *arguments)
+for _name, _count in WEIGHTS.items():
+    torch.library.define(f"qlab::{_name}", _schema(_count))
+    torch.library.impl(f"qlab::{_name}", "CompositeExplicitAutograd")(_of_library(_name))
+    torch.library.register_fake(f"qlab::{_name}")(_fake)
+    if _name != "int4_int8_mm":
+        torch.library.impl(f"qlab::{_name}", "Autograd", torch.library.fallthrough_kernel)
+torch.library.define(
+    "qlab::int4_int8_grouped_mm",
+    "(Tensor x, Tensor words, Tensor scales, Tensor zeros, Tensor ends, int n, int group, int path)"
+    " -> Tensor",
+)
+torch.library.impl("qlab::int4_int8_grouped_mm", "CompositeExplicitAutograd")(
+    _of_library("int4_int8_grouped_mm")
+)
 
 
 def _load(device: torch.device) -> None:
@@ -214,12 +229,6 @@ def _load(device: torch.device) -> None:
         raise QlabError(
             f"a model lowered with activations='int8' cannot run here: {error}; lower it without"
         ) from error
-
-
-@torch.library.register_fake("qlab::int4_int8_mm")
-@torch.library.register_fake("qlab::int4_int8_forward")
-def _(x, words, scales, zeros, n, group, path):
-    return x.new_empty(x.shape[0], n)
 
 
 @torch.library.register_fake("qlab::int4_int8_grouped_mm")
