@@ -41,9 +41,9 @@ def _of_one_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Say that all slots are as many, so that a graph has one size of them as its input."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Rows):
-            first, *others = value.pool.tensors()
-            for slots in others:
-                torch._check(slots.shape[0] == first.shape[0])
+            sizes = [slots.shape[0] for slots in value.pool.tensors()]
+            for size in sizes[1:]:
+                torch._check(size == sizes[0])
 
 
 class Blocks:
