@@ -5,6 +5,9 @@ Usage: python experiments/large.py blocks FOLDER [blocks=2] [samples=2] [length=
            [spec=int4-g128] [rtn=NAME,NAME] [layers=80] [hidden=8192] [intermediate=28672]
            [vocabulary=128256]
        python experiments/large.py speed FOLDER [gigabytes=1] [turns=3] [spec=int4-g128]
+       python experiments/large.py experts FOLDER [blocks=1] [rounded=6] [samples=2]
+           [length=128] [spec=int4-g128] [method=gptq] [layers=48] [hidden=2048] [intermediate=768]
+           [experts=128] [vocabulary=151936] [shard=5e9]
 
 `blocks` writes a model to FOLDER whose first blocks hold random numbers, and whose others are holes
 in sparse files: they take no room and no run reads them. The weights whose names end as `rtn` says
@@ -16,7 +19,13 @@ synced as every run of qlab syncs what it writes, a copy that is not synced, RTN
 RTN from the files alone (`quantize_files`). A figure is bytes of the model over the seconds of a
 turn; the ratio is the median over turns of that to the synced copy's. The model was just written or
 read, so it lies in the page cache where memory allows: all contenders read from there, and what a
-disk takes to read is in none of them. Writes results/large-<part>.json.
+disk takes to read is in none of them.
+
+`experts` writes a mixture as `blocks` does, in the names and the shards in which transformers saves
+one, in shards of 5 GB. It rounds the first blocks (`rounded`; those behind the first `blocks` are
+holes) to nearest, and solves the first `blocks` by a method, with states in memory and in FOLDER.
+It counts how often each shard is opened from the beginning of a run to its end.
+Writes results/large-<part>.json.
 """
 
 import json
@@ -24,13 +33,15 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import median
 
 import torch
 from rich import print
 from rich.table import Table
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 import qlab
 from qlab.files.directory import METADATA
@@ -48,6 +59,20 @@ BLOCKS = {
     "hidden": "8192",
     "intermediate": "28672",
     "vocabulary": "128256",
+}
+EXPERTS = {
+    "blocks": "1",
+    "rounded": "6",
+    "samples": "2",
+    "length": "128",
+    "spec": "int4-g128",
+    "method": "gptq",
+    "layers": "48",
+    "hidden": "2048",
+    "intermediate": "768",
+    "experts": "128",
+    "vocabulary": "151936",
+    "shard": "5e9",
 }
 SPEED = {"gigabytes": "1", "turns": "3", "spec": "int4-g128"}
 ROWS, HEAD = 512, 128  # rows that are drawn at once; channels of a head
@@ -184,9 +209,104 @@ def speed(folder, options):
     return {"bytes": size, "rates": rates, "of the synced copy": ratios, "processor": processor}
 
 
+def write_mixture(folder, options):
+    """The directory of a mixture of experts, of which the first blocks hold numbers, in shards of
+    at most so many bytes."""
+    folder.mkdir(parents=True)
+    heads = int(options["hidden"]) // 64
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        hidden_size=int(options["hidden"]),
+        intermediate_size=3 * int(options["hidden"]),
+        moe_intermediate_size=int(options["intermediate"]),
+        num_hidden_layers=int(options["layers"]),
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 8),
+        head_dim=HEAD,
+        num_experts=int(options["experts"]),
+        num_experts_per_tok=8,
+        vocab_size=int(options["vocabulary"]),
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    saved = revert_weight_conversion(model, model.state_dict())
+    shards, room = [], 0
+    for name, tensor in saved.items():
+        size = tensor.numel() * tensor.itemsize
+        if size > room:
+            shards.append({})
+            room = float(options["shard"])
+        shards[-1][name] = tuple(tensor.shape)
+        room -= size
+    real = [f"model.layers.{layer}." for layer in range(int(options["blocks"]))]
+    index = {}
+    for number, shapes in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        rows = {
+            name: shape[0] if name.startswith(tuple(real)) or ".layers." not in name else 0
+            for name, shape in shapes.items()
+        }
+        rows |= {name: KNOWN for name in ("lm_head.weight", "model.embed_tokens.weight")}
+        write_sparsely(folder / file, dict(sorted(shapes.items())), rows)
+        index |= dict.fromkeys(shapes, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def openings_of(folder):
+    """A live count of how often each shard is opened, by its name; of the whole process."""
+    count = Counter()
+
+    def noting(event, arguments):
+        if event == "open" and str(arguments[0]).startswith(f"{folder}{os.sep}model-"):
+            count[Path(arguments[0]).name] += 1
+
+    sys.addaudithook(noting)
+    return count
+
+
+def experts(folder, options):
+    """The plan of the whole and the first blocks of a mixture, rounded and solved."""
+    write_mixture(folder / "model", options)
+    model = qlab.open(folder / "model")
+    shape = int(options["samples"]), int(options["length"])
+    known = min(KNOWN, int(options["vocabulary"]))
+    ids = torch.randint(0, known, shape, generator=torch.Generator().manual_seed(0))
+    spec, solved = options["spec"], int(options["blocks"])
+    method = qlab.METHODS[options["method"]](spec), qlab.from_ids(model, ids)
+    contenders = {
+        "rtn": (qlab.rtn(spec), None, int(options["rounded"]), None),
+        options["method"]: (*method, solved, None),
+        f"{options['method']}, offload": (*method, solved, folder / "states"),
+    }
+    count, runs = openings_of(folder / "model"), {}
+    for name, (recipe, data, blocks, offload) in contenders.items():
+        count.clear()
+        rehearsal = qlab.rehearse(model, recipe, data, blocks=blocks, offload=offload)
+        print(rehearsal.plan, rehearsal, dict(count))
+        plan = {k: v for k, v in rehearsal.plan.json().items() if k in ("memory", "peak_bytes")}
+        read = {
+            stored.file.name
+            for tensor, stored in model.stored.items()
+            if any(f".layers.{layer}." in tensor for layer in range(blocks))
+        }
+        runs[name] = {
+            **rehearsal.json(),
+            "plan": plan,
+            "predicted / measured": rehearsal.plan.peak_bytes / rehearsal.peak_rss_bytes,
+            "shards of its blocks": sorted(read),
+            "openings": {file.name: count[file.name] for file in sorted(set(model.files.values()))},
+        }
+    return {"runs": runs}
+
+
+PARTS = {"blocks": (blocks, BLOCKS), "speed": (speed, SPEED), "experts": (experts, EXPERTS)}
+
+
 def main() -> None:
     part, folder, *rest = sys.argv[1:]
-    run, known = {"blocks": (blocks, BLOCKS), "speed": (speed, SPEED)}[part]
+    run, known = PARTS[part]
     options = known | dict(word.split("=", 1) for word in rest)
     if options.keys() != known.keys():
         raise SystemExit(f"options are {', '.join(known)}")

@@ -43,7 +43,16 @@ def reaching(rows: Rows, experts: slice) -> Rows:
 
 def each_expert(x_sk: Tensor, ends: Tensor, product: Callable[[int, Tensor], Tensor]) -> Tensor:
     """product(e, rows of expert e) for all experts, one below the other."""
-    return torch.cat([product(e, x_sk[rows]) for e, rows in enumerate(rows_of(ends))])
+    if torch.is_grad_enabled():
+        return torch.cat([product(e, x_sk[rows]) for e, rows in enumerate(rows_of(ends))])
+    out_so = None
+    for e, rows in enumerate(rows_of(ends)):
+        y_no = product(e, x_sk[rows])
+        out_so = y_no.new_empty(len(x_sk), y_no.shape[-1]) if out_so is None else out_so
+        out_so[rows] = y_no
+        del y_no  # a small tensor behind large ones keeps malloc from giving their memory again
+    assert out_so is not None
+    return out_so
 
 
 def per_row(m_ek: Tensor, ends: Tensor, rows: int) -> Tensor:

@@ -1,7 +1,7 @@
 """inspect, convert and verify: model directories in any format that qlab reads."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,8 +39,26 @@ def inspect(
     path = resolved(directory)
     inspection = inspect(path)
     rows = rows_of(path, kernel_device(device), activations=activations) if run else None
+    divided = _divided(path)
     console().print(inspection if rows is None else rows)
-    report(inspection.json() | ({} if rows is None else {"run": rows.json()}), json_file)
+    console().print(f"tensor parallel: {divided['says']}", soft_wrap=True)
+    shown = {**inspection.json(), "tensor_parallel": divided}
+    report(shown | ({} if rows is None else {"run": rows.json()}), json_file)
+
+
+def _divided(path: Path) -> dict[str, Any]:
+    """Over how many ranks a model can be divided, from headers alone; of one whose plan is not
+    known why it is run by one process."""
+    import qlab
+    from qlab.model.parallel import degrees
+
+    if path.is_file():
+        return {"degrees": [1], "says": "a file in GGUF is run by one process"}
+    try:
+        legal = degrees(qlab.open(path))
+    except QlabError as error:
+        return {"degrees": [1], "says": str(error)}
+    return {"degrees": [*legal], "says": f"over {', '.join(map(str, legal))} ranks"}
 
 
 def convert(

@@ -199,8 +199,8 @@ class Checkpoint(Shown):
     def leaf(self, name: str, dtype: torch.dtype | None = None) -> Leaf:
         """The leaf called `name` in the model: decoded where its module is quantized, else in
         `dtype`."""
-        module, _, kind = name.rpartition(".")
-        if kind == "weight" and module in self.quantized and self.codec:
+        module = name.rpartition(".")[0]
+        if self.is_coded(name) and self.codec:
             return self.codec.decode(
                 module,
                 {key: self.tensor(key) for key in self.parts(module)},
@@ -212,6 +212,11 @@ class Checkpoint(Shown):
             return tensor
         refuse_overflow(f"{self.path}: {name}", tensor, dtype)
         return tensor.to(dtype)
+
+    def is_coded(self, name: str) -> bool:
+        """Whether the files hold codes of the leaf called `name` in the model."""
+        module, _, kind = name.rpartition(".")
+        return kind == "weight" and module in self.quantized
 
     def _refuse_missing(self, name: str) -> None:
         if name not in self.stored:

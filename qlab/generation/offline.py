@@ -6,6 +6,7 @@ of the line that asked and one of the model and the settings of all: what was an
 read back, checked and not asked again.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -72,15 +73,17 @@ def answer_file(
             what a line of answers is known by.
 
     Raises:
-        QlabError: answers to other prompts, of another model or with other settings.
+        QlabError: answers to other prompts, of another model or with other settings, and a file
+            that another run is writing to.
     """
     shared = json.dumps({"model": model, "settings": settings}, sort_keys=True).encode()
     asked = [
         {"prompt_sha256": _digest(line), "run_sha256": _digest(shared)} for line in prompts.lines
     ]
-    before = _answered(answers, asked, prompts.path)
     failed = 0
     with open(answers, "ab") as file:
+        _lock(file, answers)
+        before = _answered(answers, asked, prompts.path)
         todo = asked[before:]
         replies = _replies(pipe, prompts.rows[before:], settings)
         for known_by in progress(todo, f"answering {prompts.path.name}"):
@@ -126,10 +129,19 @@ def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def _lock(file: BinaryIO, answers: Path) -> None:
+    """Take a file for as long as it is open; the system lets others have it when the run ends,
+    however that comes."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise QlabError(
+            f"another run is writing to {answers}; wait until it ends, or name another file"
+        ) from error
+
+
 def _answered(answers: Path, asked: Sequence[Mapping[str, str]], prompts: Path) -> int:
     """How many answers there are. A cut line at the end is taken away."""
-    if not answers.exists():
-        return 0
     whole = answers.read_bytes()
     kept = whole[: whole.rfind(b"\n") + 1]
     lines = kept.splitlines()

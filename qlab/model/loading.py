@@ -15,7 +15,7 @@ from qlab.errors import QlabError
 from qlab.model.calls import Call
 from qlab.model.online import at_attentions, at_input, at_output
 from qlab.model.paper import dtype_in
-from qlab.model.pieces import assemble
+from qlab.model.pieces import Piece, assemble
 from qlab.model.skeleton import Skeleton
 
 
@@ -23,17 +23,26 @@ def load_leaf(skeleton: Skeleton, name: str) -> Leaf:
     """The leaf of a parameter, put together from the files: codes, or dense in the dtype in which
     the model computes with it."""
     pieces, dtype = skeleton.names.pieces(name), dtype_in(skeleton.model, name)
-    return assemble(pieces, [skeleton.checkpoint.leaf(piece.name, dtype) for piece in pieces])
+    return assemble(pieces, (skeleton.checkpoint.leaf(piece.name, dtype) for piece in pieces))
 
 
 def load_original(skeleton: Skeleton, name: str) -> Tensor:
     """The leaf of a parameter as if it had never been quantized: dequantized, or with the bits of
     the files where they hold it dense."""
-    pieces = skeleton.names.pieces(name)
-    leaves = [skeleton.checkpoint.leaf(piece.name) for piece in pieces]
-    parts = [dense(leaf, skeleton.dtype) if isinstance(leaf, QTensor) else leaf for leaf in leaves]
-    wide = functools.reduce(torch.promote_types, [part.dtype for part in parts])
-    whole = assemble(pieces, [part.to(wide) for part in parts])
+    pieces, checkpoint = skeleton.names.pieces(name), skeleton.checkpoint
+    dtypes = [
+        skeleton.dtype
+        if checkpoint.is_coded(piece.name)
+        else checkpoint.shape_and_dtype(piece.name)[1]
+        for piece in pieces
+    ]
+    wide = functools.reduce(torch.promote_types, dtypes)
+
+    def part(piece: Piece) -> Tensor:
+        leaf = checkpoint.leaf(piece.name)
+        return dense(leaf, skeleton.dtype if isinstance(leaf, QTensor) else None).to(wide)
+
+    whole = assemble(pieces, map(part, pieces))
     assert isinstance(whole, Tensor)
     return whole
 

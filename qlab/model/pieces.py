@@ -4,8 +4,9 @@ transformers' saving rules, run on the numbers of a fused weight's rows, say whi
 expert every file tensor holds.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from qlab.algebra.qtensor import Leaf, QTensor, by_rows
+from qlab.algebra.spec import Spec
 from qlab.errors import QlabError
 
 
@@ -59,22 +61,43 @@ class Piece:
         )
 
 
-def assemble(pieces: Sequence[Piece], parts: Sequence[Leaf]) -> Leaf:
-    """The leaf of which these are the pieces: the inverse of Piece.of for groups and channels."""
+def assemble(pieces: Sequence[Piece], parts: Iterable[Leaf]) -> Leaf:
+    """The leaf of which these are the pieces: the inverse of Piece.of for groups and channels.
+
+    parts: a leaf for each piece. Dense experts are asked for one by one, and let go of in their
+    places.
+    """
     if pieces[0].expert is None:
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([part for part in parts if isinstance(part, Tensor)])
-    specs = {part.spec if isinstance(part, QTensor) else None for part in parts}
+        whole = list(parts)
+        if len(whole) == 1:
+            return whole[0]
+        return torch.cat([part for part in whole if isinstance(part, Tensor)])
+    each = iter(parts)
+    first = next(each)
+    if isinstance(first, Tensor):
+        rows = sum(piece.stop - piece.start for piece in pieces if piece.expert == 0)
+        return _stack(pieces, chain([first], _dense(pieces, each)), rows)
+    leaves = [first, *each]
+    specs = {leaf.spec if isinstance(leaf, QTensor) else None for leaf in leaves}
     if len(specs) > 1:
-        raise QlabError(
-            f"{pieces[0].module} and the others of its fused weight are stored as "
-            f"{' and '.join(sorted(str(spec) for spec in specs))}; qlab reads experts of one spec"
-        )
-    quantized = [part for part in parts if isinstance(part, QTensor)]
-    if not quantized:
-        return _stack(pieces, [part for part in parts if isinstance(part, Tensor)])
-    return _assemble_codes(pieces, quantized)
+        _refuse_mixed(pieces, specs)
+    return _assemble_codes(pieces, [leaf for leaf in leaves if isinstance(leaf, QTensor)])
+
+
+def _dense(pieces: Sequence[Piece], parts: Iterable[Leaf]) -> Iterator[Tensor]:
+    """The parts, all of which are dense."""
+    for part in parts:
+        if isinstance(part, QTensor):
+            _refuse_mixed(pieces, {None, part.spec})
+        else:
+            yield part
+
+
+def _refuse_mixed(pieces: Sequence[Piece], specs: Collection[Spec | None]) -> None:
+    raise QlabError(
+        f"{pieces[0].module} and the others of its fused weight are stored as "
+        f"{' and '.join(sorted(str(spec) for spec in specs))}; qlab reads experts of one spec"
+    )
 
 
 def _assemble_codes(pieces: Sequence[Piece], parts: Sequence[QTensor]) -> QTensor:
@@ -87,14 +110,21 @@ def _assemble_codes(pieces: Sequence[Piece], parts: Sequence[QTensor]) -> QTenso
             f"{pieces[0].module} is stored as {spec} with an order of channels that is its own; "
             "qlab reads experts whose channels are in the model's order"
         )
-    zeros = [part.zeros for part in parts if part.zeros is not None]
     return QTensor(
-        codes=_stack(pieces, [part.codes for part in parts]),
-        scales=_stack(pieces, [part.scales for part in parts]),
-        zeros=None if spec.symmetric else _stack(pieces, zeros),
+        codes=_stacked(pieces, [part.codes for part in parts]),
+        scales=_stacked(pieces, [part.scales for part in parts]),
+        zeros=None
+        if spec.symmetric
+        else _stacked(pieces, [part.zeros for part in parts if part.zeros is not None]),
         spec=spec,
         outer=_outers(pieces, parts),
     )
+
+
+def _stacked(pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Tensor:
+    """Codes or scales [rows, ...] of every piece -> [e, rows, ...]."""
+    of_first = sum(len(part) for piece, part in zip(pieces, parts) if piece.expert == 0)
+    return _stack(pieces, parts, of_first)
 
 
 def _joinable(parts: Sequence[QTensor]) -> bool:
@@ -122,17 +152,19 @@ def _outers(pieces: Sequence[Piece], parts: Sequence[QTensor]) -> Tensor | None:
     return torch.stack([outers[expert] for expert in range(len(outers))]) if outers else None
 
 
-def _stack(pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Tensor:
-    """[rows, k] of every piece -> [e, rows, k], filled in place so that no second copy is held."""
+def _stack(pieces: Sequence[Piece], parts: Iterable[Tensor], rows: int) -> Tensor:
+    """[rows of a part, k] of every piece -> [e, rows, k], each put in its place before the next one
+    is asked for."""
     experts = 1 + max(piece.expert or 0 for piece in pieces)
-    of_first = [part for piece, part in zip(pieces, parts) if piece.expert == 0]
-    rows, width = sum(map(len, of_first)), of_first[0].shape[-1]
-    stacked = of_first[0].new_empty(experts, rows, width)
+    stacked: Tensor | None = None
     filled = [0] * experts
     for piece, part in zip(pieces, parts):
+        if stacked is None:
+            stacked = part.new_empty(experts, rows, part.shape[-1])
         expert = piece.expert or 0
         stacked[expert, filled[expert] : filled[expert] + len(part)] = part
         filled[expert] += len(part)
+    assert stacked is not None
     return stacked
 
 

@@ -1,5 +1,6 @@
 """Texts in, replies out: in Python, streamed, and from file to file."""
 
+import fcntl
 import gc
 import json
 import weakref
@@ -11,6 +12,8 @@ from model_folders import WORDS, change, prose, refused, rewrite
 
 import qlab
 from qlab.cli import main
+from qlab.errors import QlabError
+from qlab.generation import offline
 from qlab.generation.offline import answer_file, prompts_of
 from qlab.generation.text import GrowingText
 
@@ -146,6 +149,35 @@ def test_a_file_is_answered_in_order_and_goes_on_where_it_was_cut(pipe, asked, t
         out.write_bytes(whole[:cut])
         again = run()
         assert out.read_bytes() == whole and again.before == whole[:cut].count(b"\n")
+
+
+def test_two_runs_at_once_do_not_write_to_one_file(pipe, asked, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    run = lambda: answer_file(pipe, prompts_of(asked), out, {"max_tokens": 3}, {})
+    run()
+    whole = out.read_bytes()
+    out.write_bytes(whole[:-1])  # as while the other one writes
+    with out.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(QlabError, match="another run is writing to"):
+            run()
+        assert out.read_bytes() == whole[:-1]
+    assert run().before == 4 and out.read_bytes() == whole
+
+
+def test_the_file_is_locked_from_the_first_look_to_the_last_answer(
+    pipe, asked, tmp_path, monkeypatch
+):
+    out, inner = tmp_path / "answers.jsonl", []
+
+    def append(file, known_by, reply):
+        inner.append(refused(lambda: answer_file(pipe, prompts_of(asked), out, {}, {}), "another"))
+        return before(file, known_by, reply)
+
+    before = offline._append
+    monkeypatch.setattr(offline, "_append", append)
+    answer_file(pipe, prompts_of(asked), out, {"max_tokens": 3}, {})
+    assert len(inner) == 5 == len(rows(out))
 
 
 def test_bad_lines_are_named_and_nothing_that_was_answered_is_lost(pipe, asked, tmp_path):

@@ -73,6 +73,25 @@ def test_sizes_that_decide_are_found_in_the_first_steps_of_a_loop():
     assert deciding_sizes(ByToken(), (torch.randn(2, 512, 6),), {}) == {512} and len(steps) < 100
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_as_many_tokens_as_channels_still_decide_what_runs(samples):
+    assert deciding_sizes(InChunks(), (torch.randn(samples, 6, 6),), {}) == {6}
+    torch.manual_seed(0)
+    block, x = Scan(40).eval(), torch.randn(samples, 40, 40)
+    graph = of(block, x).graph
+    assert graph.code.inputs == ((None if samples > 1 else 1, 40, 40),) and not graph.code.unread
+    assert torch.allclose(interpret(graph, (x,), {}), block(x), atol=1e-6)
+
+
+def test_a_mask_of_as_many_tokens_as_channels_grows_with_them():
+    class Masked(InChunks):
+        def forward(self, x, mask):
+            return super().forward(mask[0].softmax(-1) @ x)
+
+    x, mask = torch.randn(2, 6, 6), torch.randn(2, 1, 6, 6)
+    assert deciding_sizes(Masked(), (x, mask), {}) == {6}
+
+
 class Scan(nn.Module):
     """A state-space model in small: between two linears a loop over tokens, which writes to what it
     made and reads a matrix."""

@@ -1,6 +1,7 @@
 """Fused weights are cut into the tensors of files and joined again, bit for bit."""
 
 from itertools import pairwise
+from weakref import ref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
+from qlab.algebra.experts import each_expert
 from qlab.algebra.grid import encode, minmax
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import parse_spec
@@ -66,6 +68,40 @@ def test_joining_what_was_cut_gives_the_leaf_bit_for_bit(experts, blocks, text):
         assert again.spec == leaf.spec and torch.equal(again.scales.float(), leaf.scales.float())
         assert leaf.zeros is None or torch.equal(again.zeros, leaf.zeros)
         assert leaf.outer is None or torch.equal(again.outer, leaf.outer)
+
+
+def test_dense_experts_are_read_one_by_one_each_into_its_place():
+    W_eok, made = torch.randn(8, 32, 8), []
+    cut = pieces(8, [0, 16, 32])
+
+    def parts():
+        for piece in cut:
+            assert sum(part() is not None for part in made) <= 3  # of the last ones
+            part = piece.of(W_eok).clone()
+            made.append(ref(part))
+            yield part
+
+    assert torch.equal(assemble(cut, parts()), W_eok)
+    assert len(made) == 16
+
+
+def test_products_of_experts_are_placed_one_by_one_and_alike_with_gradients():
+    W_eok, x_sk, ends = torch.randn(3, 4, 8), torch.randn(6, 8), torch.tensor([2, 2, 6])
+    made = []
+
+    def product(e, x_nk):
+        assert all(y() is None for y in made)
+        y_no = x_nk @ W_eok[e].T
+        made.append(ref(y_no))
+        return y_no
+
+    with torch.no_grad():
+        placed = each_expert(x_sk, ends, product)
+    assert len(made) == 3
+    W_eok.requires_grad_(True)
+    joined = each_expert(x_sk, ends, lambda e, x_nk: x_nk @ W_eok[e].T)
+    assert torch.equal(placed, joined) and joined.requires_grad
+    assert torch.autograd.grad(joined.sum(), W_eok)[0][1].abs().max() == 0
 
 
 def test_a_whole_leaf_is_its_one_piece():

@@ -34,17 +34,21 @@ def deciding_sizes(
     operations it runs, or how large in steps what these give is: a length that is filled up to
     whole chunks.
 
-    None of them is a size with which alone the segment runs, as that of its channels. meta: whether
-    the segment runs on the meta device, where that costs least.
+    None of them is a size with which alone the segment runs, as that of its channels. Where there
+    are as many tokens as channels, the last axes of hidden states, which have three, stay as they
+    are. meta: whether the segment runs on the meta device, where that costs least.
     """
     floats = [t for t in tensors_of(args, kwargs) if t.is_floating_point()]
     sizes = sorted({n for t in floats for n in t.shape[:-1] if n > 1})
     small = {n: FEW + i for i, n in enumerate(sizes)}
-    if _called(small, None, module, args, kwargs, meta) is None:
-        small = {}
-    return frozenset(
-        n for i, n in enumerate(sizes) if _decides(n, i, small, module, args, kwargs, meta)
-    )
+    channels = frozenset(t.shape[-1] for t in floats if t.ndim == 3).intersection(sizes)
+    segment = module, args, kwargs, meta
+    kept: frozenset[int] = frozenset()
+    if _called(small, None, kept, *segment) is None:
+        kept = channels
+        if not channels or _called(small, None, kept, *segment) is None:
+            small = {}
+    return frozenset(n for i, n in enumerate(sizes) if _decides(n, i, small, kept, *segment))
 
 
 def _decides(n: int, i: int, small: Mapping[int, int], *segment: Any) -> bool:
@@ -73,17 +77,18 @@ def _even(few: tuple, more: tuple, many: tuple) -> bool:
 def _called(
     instead: Mapping[int, int],
     others: Called | None,
+    kept: frozenset[int],
     module: nn.Module,
     args: tuple,
     kwargs: dict[str, Any],
     meta: bool,
 ) -> Called | None:
     """What a segment calls with other sizes than those of its inputs, as far as `others` are the
-    same; None where it does not run."""
+    same; None where it does not run. kept: sizes that are those of channels, too."""
     noted = _Noted(others, called_on_meta if meta else _called_plainly)
     try:
         copied, tensors = (on_meta if meta else without_values)(
-            module, tuple(_resized(t, instead) for t in tensors_of(args, kwargs))
+            module, tuple(_resized(t, instead, kept) for t in tensors_of(args, kwargs))
         )
         with torch.no_grad(), detect_fake_mode(tensors) or nullcontext(), noted:
             OnTensors(copied, args, kwargs)(*tensors)
@@ -98,8 +103,11 @@ def _called_plainly(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def _resized(t: Tensor, instead: Mapping[int, int]) -> Tensor:
-    return torch.empty([instead.get(n, n) for n in t.shape], dtype=t.dtype, device="meta")
+def _resized(t: Tensor, instead: Mapping[int, int], kept: frozenset[int]) -> Tensor:
+    shape = [instead.get(n, n) for n in t.shape]
+    if t.ndim == 3 and t.shape[-1] in kept:
+        shape[-1] = t.shape[-1]
+    return torch.empty(shape, dtype=t.dtype, device="meta")
 
 
 class _Differs(Exception):
