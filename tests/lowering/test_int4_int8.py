@@ -24,8 +24,6 @@ from qlab.lowering.weights.setting import Setting
 from qlab_kernels import int4_int8 as kernel
 from qlab_kernels.compiled import Uncompiled
 
-pytestmark = pytest.mark.processor
-
 try:
     SUPPORTED = kernel.supported()
 except Uncompiled as error:

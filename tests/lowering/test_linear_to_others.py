@@ -24,8 +24,6 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
 
-pytestmark = pytest.mark.processor
-
 IDS = torch.arange(3, 15)[None]
 
 

@@ -27,8 +27,6 @@ from qlab.lowering.weights.kernels import KERNELS, choose
 from qlab.lowering.weights.setting import Setting
 from qlab_kernels.compiled import Uncompiled
 
-pytestmark = pytest.mark.processor
-
 
 def setting(**changes):
     return Setting(**{"dtype": torch.bfloat16, "device": CPU} | changes)
@@ -224,6 +222,7 @@ def test_without_a_compiler_whole_tokens_are_rounded_to_integers(monkeypatch):
     assert four.kernel is kernels.INT4
 
 
+@pytest.mark.processor
 def test_a_processor_that_adds_in_16_bits_is_found_out(monkeypatch):
     """oneDNN without VNNI moves activations to 0..255 and adds two products in 16 bits."""
 
@@ -239,6 +238,7 @@ def test_a_processor_that_adds_in_16_bits_is_found_out(monkeypatch):
     assert is_exact.__wrapped__()
 
 
+@pytest.mark.processor
 def test_floats_on_a_cpu_are_cast_and_it_is_said_why():
     inputs, leaf = (
         QuantizeInput(parse_spec("fp8-channel")),
@@ -254,6 +254,7 @@ def test_floats_on_a_cpu_are_cast_and_it_is_said_why():
     assert choose(leaf_of(parse_spec("nvfp4"), 32, 64), setting()) == (kernels.CODES, ())
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("flush", [False, True])
 def test_every_8_bit_float_is_the_number_that_it_is(dtype, flush):
@@ -296,6 +297,7 @@ def test_zeros_are_skipped_where_a_gpu_does_and_else_it_is_said_why(monkeypatch)
     assert "8.0 is the first" in passed[0].reason
 
 
+@pytest.mark.processor
 @pytest.mark.skipif(not is_exact(), reason="the sums of this processor are not exact")
 def test_a_gpu_is_tried_before_its_sparse_products_are_believed(monkeypatch):
     assert sparse24.tried.__wrapped__(CPU) is None
