@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlab.algebra.compiled import kernels
+
 CHUNK = 1 << 20  # codes at a time, few enough to stay in a core's cache with all intermediates
 # codes in a lane -> the word that holds them, one a byte
 LANES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -81,11 +83,17 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
 
 def pack_signed(codes: Tensor, bits: int) -> Tensor:
     """pack for int8 codes [..., k] of a symmetric range: the stream holds codes + 2^(bits-1)."""
+    compiled = kernels()
+    if compiled is not None and compiled.packs(codes, bits):
+        return compiled.pack(codes, bits)
     return pack(unsigned(codes, bits), bits)
 
 
 def unpack_signed(words: Tensor, bits: int, k: int) -> Tensor:
     """The inverse of pack_signed: int8 [..., k]."""
+    compiled = kernels()
+    if compiled is not None and k * bits == 32 * words.shape[-1] and compiled.unpacks(words, bits):
+        return compiled.unpack(words, bits)
     return unpack(words, bits, k).sub_(2 ** (bits - 1)).view(torch.int8)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.algebra.compiled import kernels
 from qlab.algebra.leaf import Structured, dense, proper
 from qlab.algebra.qtensor import QTensor, largest_step
 from qlab.algebra.stats import Moment
@@ -64,12 +65,43 @@ def errors_of(W_ok: Tensor, leaf: Tensor | Structured, moment: Moment | None) ->
     numbers is measured in parts of its rows."""
     if not isinstance(leaf, QTensor):
         return _errors_of(W_ok.float(), leaf, moment)
+    compiled = _errors_by_kernel(W_ok, leaf) if moment is None else None
+    if compiled is not None:
+        return compiled
     count = AT_ONCE if moment is None else AT_ONCE_BY_H
     parts = [
         _errors_of(W_ok[rows].float(), leaf.rows(rows, tiles), moment)
         for rows, tiles in leaf.spec.tile.parts(leaf.shape, count)
     ]
     return joined_errors(parts)
+
+
+def _errors_by_kernel(W_ok: Tensor, leaf: QTensor) -> Errors | None:
+    """The errors of a leaf in groups of a row by the compiled kernel, where it is worth loading and
+    takes it; the same as `_errors_of` gives."""
+    compiled, codes, spec = kernels(), leaf.codes, leaf.spec
+    if compiled is None or spec.tile.rows != 1 or leaf.perm is not None or not codes.numel():
+        return None
+    is_whole = codes.ndim == 2 and codes.shape[1] % spec.tile.sizes(codes.shape)[1] == 0
+    if not is_whole or not compiled.takes(W_ok) or W_ok.shape != codes.shape:
+        return None
+    if not compiled.measures(codes, leaf.scales, leaf.zeros):
+        return None
+    sums = compiled.measure(W_ok, codes, leaf.scales, leaf.zeros, rows_at_once(W_ok))
+    return None if sums is None else errors_of_sums(sums)
+
+
+def rows_at_once(W_ok: Tensor) -> int:
+    """The rows of a part of a weight that is worked on in parts of AT_ONCE numbers."""
+    return max(1, AT_ONCE // W_ok.shape[1])
+
+
+def errors_of_sums(sums: Tensor) -> Errors:
+    """The errors of a weight of which a kernel summed the squares of D, those of W, and found the
+    largest step: fp64 [parts, 3]."""
+    D, W = sums[:, :2].sqrt().float().T.tolist()
+    steps = sums[:, 2].tolist()
+    return joined_errors([Errors(D=d, W=w, steps=s) for d, w, s in zip(D, W, steps)])
 
 
 def joined_errors(parts: Sequence[Errors]) -> Errors:
@@ -92,7 +124,7 @@ def _errors_of(W_ok: Tensor, leaf: Tensor | Structured, moment: Moment | None) -
     codes = proper(leaf)
     if isinstance(codes, QTensor) and codes.perm is None:
         steps = largest_step(codes, D_ok)
-    errors = Errors(D=float(D_ok.norm()), W=float(W_ok.norm()), steps=steps)
+    errors = Errors(D=_norm(D_ok), W=_norm(W_ok), steps=steps)
     if moment is None:
         return errors
     return replace(
@@ -102,6 +134,11 @@ def _errors_of(W_ok: Tensor, leaf: Tensor | Structured, moment: Moment | None) -
         tokens=moment.tokens,
         channels=len(moment.sum_kk),
     )
+
+
+def _norm(x_ok: Tensor) -> float:
+    """|x| in fp32, of squares that are summed in fp64: so it does not depend on their order."""
+    return float(torch.linalg.vector_norm(x_ok, dtype=torch.float64).float())
 
 
 def errors_in_notes(parts: Sequence[Errors]) -> dict[str, Any]:

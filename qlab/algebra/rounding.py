@@ -5,7 +5,7 @@ Legend: W_ok a weight in fp32.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -31,6 +31,7 @@ from qlab.errors import QlabError
 Leaf = Tensor | Structured
 WeightFn = Callable[[Tensor, Mapping[str, Any], Any], tuple[Leaf, Mapping[str, Any]]]
 CellFn = Callable[[Weight], Cell]
+Fused = Callable[[Tensor, Spec], tuple[QTensor, Errors] | None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Step:
 
     of_arrays: it sees dense weights alone, and its errors are those from the weight that it was
     given; those of other steps are from the target. by_rows: it rounds the rows of each tile by
-    themselves, so that it may be given a weight in parts of its rows.
+    themselves, so that it may be given a weight in parts of its rows. fused: fused(W_ok, spec) is
+    the same leaf with its errors, of a weight in its own dtype, or None for weights that it does
+    not take; of steps that note `note` of every weight.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Step:
     spec: Spec | None
     of_arrays: bool = False
     by_rows: bool = False
+    fused: Fused | None = None
+    note: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +149,9 @@ def solve_weight(
 
     A step by rows makes it in parts, each from the cast to fp32 to its errors.
     """
+    fused = _fused(step, graph, site, expert)
+    if fused is not None:
+        return fused
     W = graph.params[site.weight or ""]
     if not step.by_rows or step.spec is None or not isinstance(W, Tensor):
         return _solve_rows(step, graph, site, seen, expert)
@@ -162,6 +170,21 @@ def solve_weight(
         note=merged([part.note for part in parts]),
         errors=joined_errors([part.errors for part in parts]),
     )
+
+
+def _fused(step: Step, graph: ModuleGraph, site: Site, expert: int | None) -> Solved | None:
+    """`solve_weight` in one pass, where the step has one that takes the weight. What it makes is
+    its own and on the grid, so that nothing is copied or asked of it."""
+    W, masked = graph.params[site.weight or ""], site.weight in graph.supports
+    if step.fused is None or step.spec is None or masked or not isinstance(W, Tensor):
+        return None
+    W_ok = W if expert is None else W[expert]
+    W_ok = W_ok.mT if site.layout.endswith("k o") else W_ok
+    made = step.fused(W_ok, with_scale_dtype(step.spec, graph.dtype))
+    if made is None:
+        return None
+    leaf, errors = made
+    return Solved(leaf=leaf, target=None, support=None, note=step.note, errors=errors)
 
 
 def _with_rows(graph: ModuleGraph, site: Site, rows: slice) -> ModuleGraph:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.operations import Operations
 from qlab.algebra.placing import solve
-from qlab.algebra.rounding import CellFn, Step, WeightFn, of_arrays, outer_scales
+from qlab.algebra.rounding import CellFn, Fused, Step, WeightFn, of_arrays, outer_scales
 from qlab.algebra.scope import Scope
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import COMPARING, Need, Stats, name_of, named
@@ -276,10 +276,19 @@ def each_weight(
     return _each(step, named(needs), detail, EachWeight())
 
 
-def each_row(name: str, fn: WeightFn, spec: Spec, detail: str = "") -> Transform:
+def each_row(
+    name: str,
+    fn: WeightFn,
+    spec: Spec,
+    detail: str = "",
+    note: Mapping[str, Any] | None = None,
+    fused: Fused | None = None,
+) -> Transform:
     """`each_weight` for a method without data that rounds the rows of each tile by themselves: fn
-    is given a large weight in parts of its rows, and its notes are the same for all of them."""
-    step = Step(name, of_arrays(fn), spec, of_arrays=True, by_rows=True)
+    is given a large weight in parts of its rows, and its notes are the same for all of them. note,
+    fused: see `Step`."""
+    made = of_arrays(fn)
+    step = Step(name, made, spec, of_arrays=True, by_rows=True, fused=fused, note=note or {})
     return _each(step, frozenset(), detail, EachWeight())
 
 

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.bind import Bind
-from qlab.algebra.graph import lone_weight
+from qlab.algebra.compiled import expect
+from qlab.algebra.graph import ModuleGraph, lone_weight
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import name_of
 from qlab.algebra.transform import Transform
+from qlab.algebra.views import Uncovered
 from qlab.codecs import CODECS, Codec, codec_of_directories
 from qlab.directories.chosen import KEPT, chosen_weights
 from qlab.driver.admissible import Admission, Refusals, tile_misfit
@@ -32,16 +34,17 @@ from qlab.driver.result import Written
 from qlab.driver.siblings import Siblings
 from qlab.driver.solve import solve_alone
 from qlab.errors import QlabError
-from qlab.files.certificate import certify
+from qlab.files.certificate import DISTANCES, distances, fingerprint
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.hashed import HashedFiles
 from qlab.files.parts import Parts
 from qlab.files.place import place, refuse_early
-from qlab.files.readback import MARKS, Mark
+from qlab.files.readback import MARKS, refuse_misencoded
 from qlab.files.record import recorded, versions, written
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_file, rewrite_files
 from qlab.files.writer import Writer
 from qlab.model.modules import Modules
+from qlab.process.later import Later
 from qlab.process.shown import size
 from qlab.process.surroundings import undisturbed
 
@@ -185,6 +188,7 @@ class Files:
         self.config = _config(modules, specs, CODECS[codec])
         self.identity = _job(source, recipe, specs, codec)
         self.count = len(leaves_by_file(source))
+        expect(sum(_shape(source, module, False).numel() for module in specs))
         self.leaves = _Leaves(
             source=source,
             recipe=recipe,
@@ -307,11 +311,28 @@ class _Leaves:
         solved = solve_alone(lone_weight(module, W_ok, self.source.dtype, outer=outer), self.recipe)
         quantized = solved.params["weight"]
         assert isinstance(quantized, QTensor)  # a stage rounds every chosen weight
-        notes.setdefault("sites", {}).update(site_rows(solved))
-        certificate = certify(quantized, W_ok if transposed else leaf)
-        notes.setdefault("certificates", {})[module] = certificate
-        notes.setdefault(MARKS, {})[name] = Mark(certificate["sha256"], quantized.spec)
-        return self.codec.encode(module, quantized)
+        sha256 = Later(fingerprint, quantized)
+        tensors = self.codec.encode(module, quantized)
+        marks = refuse_misencoded(name, tensors, quantized, self.codec)
+        rows = site_rows(solved)
+        if isinstance(leaf, Tensor) and quantized.perm is None and self._is_one_step(solved):
+            certificate = {key: rows[module][key] for key in DISTANCES}  # of the same two weights
+        else:
+            certificate = distances(quantized, W_ok if transposed else leaf)
+        certificate["sha256"] = sha256.result()
+        for section, of_leaf in (
+            ("sites", rows),
+            ("certificates", {module: certificate}),
+            (MARKS, marks),
+        ):
+            notes.setdefault(section, {}).update(of_leaf)
+        return tensors
+
+    def _is_one_step(self, weight: ModuleGraph) -> bool:
+        """Whether one step alone made a weight, so that its errors are those from the files."""
+        (site,) = weight.code.sites
+        steps = [stage for stage in self.recipe if not isinstance(stage.view, Uncovered)]
+        return sum(stage.touches(weight.where(site), site) for stage in steps) == 1
 
 
 def _dense_weight(source: Checkpoint, module: str) -> Tensor:

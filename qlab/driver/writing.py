@@ -14,11 +14,12 @@ from qlab.algebra.qtensor import Leaf, QTensor
 from qlab.algebra.wires import full_name
 from qlab.codecs import Codec
 from qlab.errors import QlabError
-from qlab.files.certificate import certify, hash_of, off_grid
+from qlab.files.certificate import distances, fingerprint, hash_of, off_grid
 from qlab.model.calls import Call
 from qlab.model.paper import dtype_in
 from qlab.model.pieces import Piece
 from qlab.model.skeleton import Skeleton
+from qlab.process.later import Later
 
 
 def as_stored(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Leaf]:
@@ -195,6 +196,7 @@ def certificates(
             hold by no such name is certified by its hash alone.
     """
     certified: dict[str, dict[str, Any]] = {}
+    hashes: dict[str, Later[str]] = {}
     for name, leaf in leaves.items():
         if not isinstance(leaf, QTensor):
             continue
@@ -204,8 +206,9 @@ def certificates(
             original = originals[name] if name in originals else skeleton.checkpoint.leaf(name)
         if isinstance(original, Tensor) and module in skeleton.names.transposed:
             original = original.mT
-        certified[module] = certify(leaf, original)
-    return certified
+        hashes[module] = Later(fingerprint, leaf)
+        certified[module] = {} if original is None else distances(leaf, original)
+    return {module: {"sha256": hashes[module].result(), **row} for module, row in certified.items()}
 
 
 def hashes(leaves: Mapping[str, Leaf], names: Collection[str]) -> dict[str, str]:

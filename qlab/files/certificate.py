@@ -18,6 +18,8 @@ from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.qtensor import off_grid as off_grid
 from qlab.files.tensors import bytes_of
 
+DISTANCES = ("weight_error", "largest_step")
+
 
 def certify(leaf: QTensor, reference: Leaf | None) -> dict[str, Any]:
     """The certificate of a quantized weight [o, k]; without the weight it was made from, the hash

@@ -2,9 +2,9 @@
 alone.
 
 sha256 takes the bytes of a file in their order. A tensor that is read in this order is hashed from
-memory. One that is read before its turn is read a second time when its turn comes: files list layer
-10 before layer 2, and single experts in another order than a model stacks them. What nobody reads
-is read once, for the hash of the whole file.
+memory, in a thread beside the one that reads. One that is read before its turn is read a second
+time when its turn comes: files list layer 10 before layer 2, and single experts in another order
+than a model stacks them. What nobody reads is read once, for the hash of the whole file.
 """
 
 import hashlib
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from qlab.errors import Unreadable
 from qlab.files.directory import CONFIG, Seen, Stored, opened
-from qlab.files.tensors import BLOCK, OpenFiles, bytes_of, read
+from qlab.files.tensors import BLOCK, Buffers, OpenFiles, bytes_of, read
+from qlab.process.later import Later
 
 SAMPLE = 4096  # bytes of every tensor in a fingerprint
+BESIDE = 1 << 16  # bytes that are hashed in a thread; one takes longer to start than fewer take
 
 
 def fingerprint(folder: Path, stored: Mapping[str, Stored]) -> str:
@@ -38,6 +40,40 @@ def fingerprint(folder: Path, stored: Mapping[str, Stored]) -> str:
     return digest.hexdigest()
 
 
+class Behind:
+    """sha256 of bytes that come in parts, of which the last one may still be hashed while the
+    caller goes on. The caller writes to none of them.
+
+    One part waits at a time, so that they take no more memory than the largest two.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._last: Later[None] | None = None
+
+    def update(self, data: Any) -> None:
+        """Add a part: any buffer of bytes."""
+        self._settle()
+        if len(data) < BESIDE:
+            self._digest.update(data)
+        else:
+            self._last = Later(self._digest.update, data)
+
+    def digest(self) -> bytes:
+        """The hash of all parts until now."""
+        self._settle()
+        return self._digest.digest()
+
+    def hexdigest(self) -> str:
+        """`digest` in hexadecimal digits."""
+        return self.digest().hex()
+
+    def _settle(self) -> None:
+        if self._last is not None:
+            self._last.result()
+            self._last = None
+
+
 class HashedFiles:
     """The files of a model, read through `read` and hashed on the way. Each stays open, so that a
     pass in their order opens it once.
@@ -49,7 +85,7 @@ class HashedFiles:
 
     def __init__(self, folder: Path, stored: Mapping[str, Stored]) -> None:
         self.folder, self.stored = folder, stored
-        self._files = OpenFiles()
+        self._files, self._buffers = OpenFiles(), Buffers()
         self._hashed = self._nothing_hashed()
         self._early: dict[str, str] = {}  # tensor that was read before its turn -> sha256
 
@@ -68,8 +104,9 @@ class HashedFiles:
         }
 
     def read(self, name: str, stored: Stored) -> Tensor:
-        """The tensor itself, as `qlab.files.tensors.read` reads it."""
-        tensor = read(name, stored, self._files)
+        """The tensor itself, as `qlab.files.tensors.read` reads it. It may still be hashed, so
+        nobody writes to it."""
+        tensor = read(name, stored, self._files, self._buffers)
         if stored.nbytes:
             data = bytes_of(tensor)
             was_hashed = self._hashed[stored.file].add(stored, data)
@@ -130,7 +167,7 @@ class _HashedFile:
     def __init__(self, path: Path, seen: Seen, starts: Iterable[int], files: OpenFiles) -> None:
         self.path, self.seen, self._files = path, seen, files
         self.position = 0
-        self.hasher = hashlib.sha256()
+        self.hasher = Behind()
         self._unread = sorted(starts, reverse=True)  # where tensors begin; the last comes first
         self._read: set[int] = set()
 

@@ -96,12 +96,26 @@ def refuse_misread(
             tensors = {part: read(part, stored[part]) for part in of_module.get(module, ())}
             why = _other_codes(module, tensors, codec, leaf)
             why = why or _other_input(module, tensors, codec, (online or {}).get(name, ()))
-        if why:
-            raise QlabError(
-                f"{name} does not read back from {path.name} as it was written ({why}), so the "
-                "directory would compute something else and is not put in place; report this, "
-                "and choose another --codec until it is mended"
-            )
+        _refuse(name, f"from {path.name}", why)
+
+
+def refuse_misencoded(
+    name: str, tensors: Mapping[str, Tensor], leaf: QTensor, codec: Codec
+) -> dict[str, Mark]:
+    """Refuse tensors that do not give back the leaf that a codec made them of. Returns the marks of
+    these tensors, by which `refuse_misread` finds them in a file without decoding them again."""
+    why = _other_codes(name.rpartition(".")[0], tensors, codec, leaf)
+    _refuse(name, "from its tensors", why)
+    return {part: mark(tensor) for part, tensor in tensors.items()}
+
+
+def _refuse(name: str, source: str, why: str) -> None:
+    if why:
+        raise QlabError(
+            f"{name} does not read back {source} as it was written ({why}), so the directory would "
+            "compute something else and is not put in place; report this, and choose another "
+            "--codec until it is mended"
+        )
 
 
 def _other_tensor(there: Mark, leaf: Tensor | Mark) -> str:

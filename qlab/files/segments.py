@@ -16,6 +16,7 @@ from qlab.files.atomic import digest_of
 from qlab.files.hashed import HashedFiles
 from qlab.files.ownership import read_sealed, sealed
 from qlab.files.tensors import write
+from qlab.process.later import Later
 from qlab.process.progress import say
 
 
@@ -27,7 +28,7 @@ class Segments(ABC):
     """
 
     shards: int
-    digests: dict[int, str]
+    digests: dict[int, Later[str]]
     source: HashedFiles | None
 
     @abstractmethod
@@ -50,12 +51,12 @@ class Segments(ABC):
     def write_shard(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """One shard, atomically, one tensor at a time."""
         self.atomically(self.shard(index), lambda path: write(path, tensors))
-        self.digests[index] = digest_of(self.shard(index))
+        self.digests[index] = Later(digest_of, self.shard(index))
 
     def write_notes(self, index: int, notes: Mapping[str, Mapping[str, Any]]) -> None:
         """What the report says of a segment, by section, kept until the end of the job; with the
         hash of its shard, written before."""
-        record = {"segment": index, "shard": self.digests[index], "notes": notes}
+        record = {"segment": index, "shard": self.digests[index].result(), "notes": notes}
         if self.source is not None:
             record["read"] = self.source.proof()
         self.write_json(self.notes_path(index), sealed(record))

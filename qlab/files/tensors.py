@@ -6,6 +6,7 @@ memory pass through.
 
 import json
 import shutil
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -79,16 +80,52 @@ class OpenFiles:
             refuse_another(path, file, seen)
 
 
+class Buffers:
+    """Memory into which tensors are read, used again where no tensor of it is left: the system
+    takes longer to hand out fresh memory than to read a file into it.
+
+    Up to KEPT buffers wait for their next tensor, of which the largest are kept.
+    """
+
+    KEPT, LEAST = 3, 1 << 20  # LEAST: bytes of a tensor that is worth it
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[Tensor] = []
+
+    def empty(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] of any numbers."""
+        if nbytes < self.LEAST:
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        with self._lock:
+            # What comes back meanwhile is appended to the one list or to the other.
+            free, self._free = self._free, []
+            free.sort(key=len)
+            fitting = [i for i, each in enumerate(free) if nbytes <= len(each) <= 2 * nbytes]
+            buffer = free.pop(fitting[0]) if fitting else None
+            self._free += free[-self.KEPT :]
+        if buffer is None:
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        lent = buffer.numpy()[:nbytes]  # which a tensor holds as long as it lives
+        weakref.finalize(lent, self._back, buffer).atexit = False
+        return torch.from_numpy(lent)
+
+    def _back(self, buffer: Tensor) -> None:
+        self._free.append(buffer)  # without the lock: the collector may call this inside of it
+
+
 def _close(files: Mapping[Path, IO[bytes]]) -> None:
     for file in files.values():
         file.close()
 
 
-def read(name: str, stored: Stored, files: OpenFiles | None = None) -> Tensor:
+def read(
+    name: str, stored: Stored, files: OpenFiles | None = None, buffers: Buffers | None = None
+) -> Tensor:
     """The tensor itself, in memory of its own. files: those that stay open (None: it is opened for
-    this tensor)."""
+    this tensor). buffers: where memory is taken from (None: it is fresh)."""
     dtype, files = dtype_of(name, stored), files or OpenFiles()
-    data = torch.empty(stored.nbytes, dtype=torch.uint8, device="cpu")
+    data = (buffers or Buffers()).empty(stored.nbytes)
     with files.at(stored.file, stored.seen, stored.start) as file:
         size = file.readinto(data.numpy().data) if stored.nbytes else 0  # type: ignore[attr-defined]
     if size < stored.nbytes:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qlab.algebra.nearest import round_weight
 from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Spec
@@ -42,6 +43,7 @@ def rtn(spec: Spec, grid: Grid = minmax) -> Transform:
         return q, note
 
     if not grid.weighted:
-        return costing(each_row("rtn", by_range, spec, detail), Operations(rows=0))
+        fused = round_weight if grid is minmax else None
+        return costing(each_row("rtn", by_range, spec, detail, note, fused), Operations(rows=0))
     # errors of both grids' rows by the second moment, and the loss
     return costing(each_weight("rtn", by_moment, spec, grid.needs, detail), Operations(rows=7))

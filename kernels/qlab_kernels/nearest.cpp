@@ -1,0 +1,371 @@
+// Weights rounded to the nearest integer codes on a CPU, with the scales of their range and their errors in one pass:
+// the arithmetic of `nearest.py`'s reference, bit for bit.
+//
+//     s = absmax / reach                    or (hi - lo) / (qmax - qmin), of every group of channels of a row
+//     z = round(qmin - lo / s)              of a grid with zero points
+//     c = clamp(round(W / s + z))           half to even, with s as it is stored
+//     D = (c - z) s - W                     whose squares, and those of W, are summed in fp64
+//
+// All of it is fp32, and no product is fused with a sum. Numbers that are not finite, scales that are not, and errors that
+// overflow end it: they are left to the reference.
+//
+// And such codes as the bit streams of files.
+//
+// Names: o rows, k channels, LANES the numbers of a vector.
+
+#include <cstdint>
+#include <cstring>
+
+#define AVX2 __attribute__((target("avx2")))
+#define AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl")))
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+constexpr float MAGIC = 12582912.0f;       // 1.5 * 2^23: adding it rounds to an integer, half to even
+constexpr uint32_t MAGIC_BITS = 0x4b400000;
+constexpr uint32_t INFINITE = 0x7f800000;  // the bits of infinity; those of NaN are above
+enum Kind : int64_t { F32, F16, BF16 };
+enum Path : int64_t { BEST, PORTABLE, PATH_AVX2, PATH_AVX512 };
+
+template <int64_t N>
+struct Vectors;                            // of N numbers
+#define VECTORS(N)                                                  \
+  template <>                                                       \
+  struct Vectors<N> {                                               \
+    typedef float Floats __attribute__((vector_size(4 * N)));       \
+    typedef int32_t Ints __attribute__((vector_size(4 * N)));       \
+    typedef uint16_t Halves __attribute__((vector_size(2 * N)));    \
+    typedef int8_t Bytes __attribute__((vector_size(N)));           \
+    typedef float FirstHalf __attribute__((vector_size(2 * N)));    \
+    typedef double Doubles __attribute__((vector_size(4 * N)));     \
+  };
+VECTORS(4)
+VECTORS(8)
+VECTORS(16)
+
+struct Problem {                           // as `nearest.py` fills it in
+  const char* weight;                      // [o, k], channels side by side
+  int64_t kind, stride, o, k, group;
+  int64_t qmin, qmax;
+  float reach;
+  int32_t symmetric, measures;             // measures: codes, scales and zeros are there
+  int64_t scale_kind;
+  float epsilon;                           // the scale of a group whose own is rounded to 0
+  void* scales;                            // [o, k / group]
+  int8_t *zeros, *codes;                   // [o, k / group] or null; [o, k]
+  int64_t rows;                            // of a part, whose sums are added up together
+  double* sums;                            // [parts, 3]: of D^2, of W^2, and the largest |D| / s
+};
+
+INLINE float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// ---------------------------------------------------------------- numbers of 16 bits
+INLINE float from_half(uint16_t h) {       // of a finite one
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
+  if (rest >= 0x7c00) return from_bits(sign | INFINITE | (rest & 0x3ff) << 13);
+  return from_bits(sign | bits_of(from_bits(rest << 13) * 0x1p112f));
+}
+
+INLINE uint16_t to_half(float value) {     // of one that is not negative, nor NaN
+  const uint32_t size = bits_of(value);
+  if (size >= 0x477ff000) return 0x7c00;   // rounds past 65504
+  if (size < 0x38800000) return bits_of(value + 0.5f) & 0x7ff;  // subnormal: units of 2^-24
+  return (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
+}
+
+INLINE uint16_t to_bf16(float value) {
+  const uint32_t bits = bits_of(value);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// A scale as it is stored.
+INLINE float stored(float scale, Kind kind) {
+  if (kind == F16) return from_half(to_half(scale));
+  if (kind == BF16) return from_bits(uint32_t(to_bf16(scale)) << 16);
+  return scale;
+}
+
+INLINE void store(void* scales, int64_t at, float scale, Kind kind) {
+  if (kind == F32) static_cast<float*>(scales)[at] = scale;
+  else static_cast<uint16_t*>(scales)[at] = kind == F16 ? to_half(scale) : to_bf16(scale);
+}
+
+INLINE float read(const void* scales, int64_t at, Kind kind) {
+  if (kind == F32) return static_cast<const float*>(scales)[at];
+  const uint16_t half = static_cast<const uint16_t*>(scales)[at];
+  return kind == F16 ? from_half(half) : from_bits(uint32_t(half) << 16);
+}
+
+// ---------------------------------------------------------------- the grid of one group of channels
+struct Range {
+  uint32_t lo, hi;                         // the bits of -lo and of hi, of lo <= 0 <= hi; of a symmetric grid those of absmax
+};
+
+struct Grid {
+  float scale, zero;
+};
+
+// false where there is no finite scale
+INLINE bool fit(const Problem& p, Range r, Grid& grid) {
+  const float below = from_bits(r.lo), above = from_bits(r.hi);
+  float scale = 0, zero = 0;
+  if (p.symmetric) {
+    scale = stored((below > above ? below : above) / p.reach, Kind(p.scale_kind));
+  } else {
+    scale = stored((above + below) / float(p.qmax - p.qmin), Kind(p.scale_kind));
+    const float low = float(p.qmin), high = float(p.qmax), exact = low + below / scale;
+    zero = exact != exact ? 0 : exact < low ? low : exact > high ? high : exact;
+    zero = (zero + MAGIC) - MAGIC;
+  }
+  if (bits_of(scale) >= INFINITE) return false;
+  grid = {scale == 0 ? p.epsilon : scale, zero};
+  return true;
+}
+
+// ---------------------------------------------------------------- N numbers at once
+template <int64_t N, Kind KIND>
+struct Rows {
+  typedef typename Vectors<N>::Floats Floats;
+  typedef typename Vectors<N>::Ints Ints;
+  typedef typename Vectors<N>::Halves Halves;
+  typedef typename Vectors<N>::Bytes Bytes;
+  typedef typename Vectors<N>::FirstHalf FirstHalf;
+  typedef typename Vectors<N>::Doubles Doubles;
+  static constexpr int64_t WIDTH = KIND == F32 ? 4 : 2;
+
+  static INLINE Floats load(const char* at) {
+    Floats x;
+    if (KIND == F32) {
+      std::memcpy(&x, at, sizeof x);
+      return x;
+    }
+    Halves h;
+    std::memcpy(&h, at, sizeof h);
+    const Ints bits = __builtin_convertvector(h, Ints);
+    if (KIND == BF16) return (Floats)(bits << 16);
+    const Ints rest = bits & 0x7fff, sign = (bits & 0x8000) << 16;
+    const Ints plain = (Ints)((Floats)(rest << 13) * 0x1p112f), endless = (rest & 0x3ff) << 13 | int32_t(INFINITE);
+    return (Floats)(sign | (rest >= 0x7c00 ? endless : plain));
+  }
+
+  // Of fewer, with zeros behind them, which change no range and no sum.
+  static INLINE Floats load_some(const char* at, int64_t count) {
+    if (count >= N) return load(at);
+    char padded[N * WIDTH] = {};
+    std::memcpy(padded, at, count * WIDTH);
+    return load(padded);
+  }
+
+  static INLINE int32_t largest(const Ints& x) {
+    int32_t found[N];
+    std::memcpy(found, &x, sizeof found);
+    UNROLL for (int64_t half = N / 2; half > 0; half /= 2) {
+      UNROLL for (int64_t i = 0; i < half; i++) found[i] = found[i] > found[i + half] ? found[i] : found[i + half];
+    }
+    return found[0];
+  }
+
+  struct Sum {                             // of squares, in fp64
+    Doubles parts[2] = {};
+    INLINE void add(const Floats& x) {
+      FirstHalf halves[2];
+      std::memcpy(halves, &x, sizeof halves);
+      for (int64_t i = 0; i < 2; i++) {
+        const Doubles wide = __builtin_convertvector(halves[i], Doubles);
+        parts[i] += wide * wide;
+      }
+    }
+    INLINE double total() const {
+      const Doubles both = parts[0] + parts[1];
+      double found = 0;
+      for (int64_t i = 0; i < N / 2; i++) found += both[i];
+      return found;
+    }
+  };
+
+  struct Part {                            // what is known of the errors of some rows
+    Sum of_error, of_weight;
+    Ints steps{};                          // the bits of the largest |D| / s
+  };
+
+  // The bits of floats that are not negative are ordered as these are; a NaN is above all.
+  static INLINE Range range(const char* weight, int64_t count, bool symmetric) {
+    Ints lo{}, hi{};
+    for (int64_t j = 0; j < count; j += N) {
+      const Ints x = (Ints)load_some(weight + j * WIDTH, count - j), opposite = x ^ int32_t(0x80000000);
+      hi = x > hi ? x : hi;                // negative as an integer where the float is
+      lo = opposite > lo ? opposite : lo;
+    }
+    if (!symmetric) return {uint32_t(largest(lo)), uint32_t(largest(hi))};
+    const uint32_t both = largest(lo > hi ? lo : hi);
+    return {both, both};
+  }
+
+  static INLINE void round(const Problem& p, const char* weight, int8_t* codes, Grid grid, Part& part) {
+    const Floats low = Floats{} + float(p.qmin), high = Floats{} + float(p.qmax);
+    Ints error{};
+    for (int64_t j = 0; j < p.group; j += N) {
+      const int64_t count = p.group - j < N ? p.group - j : N;
+      const Floats w = load_some(weight + j * WIDTH, count);
+      Floats x = w / grid.scale + grid.zero;
+      x = x < low ? low : x;
+      x = x > high ? high : x;
+      const Floats shifted = x + MAGIC;
+      const Bytes c = __builtin_convertvector((Ints)shifted - int32_t(MAGIC_BITS), Bytes);
+      if (count == N) std::memcpy(codes + j, &c, N);
+      else std::memcpy(codes + j, &c, count);
+      const Floats d = ((shifted - MAGIC) - grid.zero) * grid.scale - w;
+      const Ints size = (Ints)d & 0x7fffffff;
+      error = size > error ? size : error;
+      part.of_error.add(d);
+      part.of_weight.add(w);
+    }
+    const Ints steps = (Ints)((Floats)error / grid.scale);
+    part.steps = steps > part.steps ? steps : part.steps;
+  }
+
+  // Of codes that are there; false where a scale is 0.
+  static INLINE bool measure(const Problem& p, const char* weight, const int8_t* codes, Grid grid, Part& part) {
+    Ints error{};
+    for (int64_t j = 0; j < p.group; j += N) {
+      const int64_t count = p.group - j < N ? p.group - j : N;
+      const Floats w = load_some(weight + j * WIDTH, count);
+      Bytes c{};
+      if (count == N) std::memcpy(&c, codes + j, N);
+      else std::memcpy(&c, codes + j, count);
+      Floats d = (__builtin_convertvector(c, Floats) - grid.zero) * grid.scale - w;
+      if (count < N) {
+        const Floats whole = d;
+        d = Floats{};
+        std::memcpy(&d, &whole, count * sizeof(float));
+      }
+      const Ints size = (Ints)d & 0x7fffffff;
+      error = size > error ? size : error;
+      part.of_error.add(d);
+      part.of_weight.add(w);
+    }
+    const float scale = from_bits(bits_of(grid.scale) & 0x7fffffff);
+    const Ints steps = (Ints)((Floats)error / scale);
+    part.steps = steps > part.steps ? steps : part.steps;
+    return scale > 0;
+  }
+
+  static INLINE bool run(const Problem& p) {
+    const int64_t groups = p.k / p.group;
+    for (int64_t first = 0; first < p.o; first += p.rows) {
+      Part part;
+      const int64_t last = first + p.rows < p.o ? first + p.rows : p.o;
+      for (int64_t row = first; row < last; row++) {
+        const char* weight = p.weight + row * p.stride * WIDTH;
+        for (int64_t g = 0; g < groups; g++, weight += p.group * WIDTH) {
+          const int64_t at = row * groups + g;
+          int8_t* codes = p.codes + row * p.k + g * p.group;
+          Grid grid;
+          if (p.measures) {
+            grid = {read(p.scales, at, Kind(p.scale_kind)), p.zeros ? float(p.zeros[at]) : 0};
+            if (!measure(p, weight, codes, grid, part)) return false;
+            continue;
+          }
+          const Range r = range(weight, p.group, p.symmetric);
+          if (r.lo >= INFINITE || r.hi >= INFINITE || !fit(p, r, grid)) return false;
+          store(p.scales, at, grid.scale, Kind(p.scale_kind));
+          if (p.zeros) p.zeros[at] = int8_t(grid.zero);
+          round(p, weight, codes, grid, part);
+        }
+      }
+      double* sums = p.sums + 3 * (first / p.rows);
+      const uint32_t steps = largest(part.steps);
+      sums[0] = part.of_error.total(), sums[1] = part.of_weight.total(), sums[2] = from_bits(steps);
+      if (steps >= INFINITE) return false;
+    }
+    return true;
+  }
+};
+
+template <int64_t N>
+INLINE bool run(const Problem& p) {
+  if (p.kind == F32) return Rows<N, F32>::run(p);
+  return p.kind == F16 ? Rows<N, F16>::run(p) : Rows<N, BF16>::run(p);
+}
+
+// ---------------------------------------------------------------- codes as the bit streams of files
+// Of 4 bits, two in a byte, or of 8: each is stored without its sign, with 8 or 128 added.
+struct Stream {
+  uint8_t *codes, *bytes;
+  int64_t count, bits;                     // of codes, an even number of them
+};
+
+INLINE void pack(const Stream& p) {
+  if (p.bits == 8) {
+    for (int64_t i = 0; i < p.count; i++) p.bytes[i] = p.codes[i] ^ 0x80;
+    return;
+  }
+  for (int64_t i = 0; i < p.count / 2; i++) {
+    uint16_t pair;
+    std::memcpy(&pair, p.codes + 2 * i, 2);
+    p.bytes[i] = uint8_t((pair & 0x0f) | (pair >> 4 & 0xf0)) ^ 0x88;
+  }
+}
+
+INLINE void unpack(const Stream& p) {
+  if (p.bits == 8) {
+    for (int64_t i = 0; i < p.count; i++) p.codes[i] = p.bytes[i] ^ 0x80;
+    return;
+  }
+  for (int64_t i = 0; i < p.count / 2; i++) {
+    const uint16_t pair = (p.bytes[i] & 0x0f) | (p.bytes[i] & 0xf0) << 4;
+    const uint16_t less = (pair + 0x7878) ^ 0x8080;  // 8 less, without a borrow
+    std::memcpy(p.codes + 2 * i, &less, 2);
+  }
+}
+
+// Copies of their arguments, which no byte that is written can be a part of.
+void pack_portable(Stream p) { pack(p); }
+AVX2 void pack_avx2(Stream p) { pack(p); }
+AVX512 void pack_avx512(Stream p) { pack(p); }
+void unpack_portable(Stream p) { unpack(p); }
+AVX2 void unpack_avx2(Stream p) { unpack(p); }
+AVX512 void unpack_avx512(Stream p) { unpack(p); }
+
+bool round_portable(Problem p) { return run<4>(p); }
+AVX2 bool round_avx2(Problem p) { return run<8>(p); }
+AVX512 bool round_avx512(Problem p) { return run<16>(p); }
+
+}  // namespace
+
+extern "C" {
+
+// The number of the best path that this processor runs.
+int64_t qlab_best_path() {
+  __builtin_cpu_init();
+  const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return wide ? PATH_AVX512 : __builtin_cpu_supports("avx2") ? PATH_AVX2 : PORTABLE;
+}
+
+// 0 where all is rounded, 1 where the reference has to say.
+int32_t qlab_round(const Problem* problem, int64_t path) {
+  if (path == PATH_AVX512) return !round_avx512(*problem);
+  return !(path == PATH_AVX2 ? round_avx2(*problem) : round_portable(*problem));
+}
+
+void qlab_pack(const Stream* stream, int64_t path) {
+  (path == PATH_AVX512 ? pack_avx512 : path == PATH_AVX2 ? pack_avx2 : pack_portable)(*stream);
+}
+
+void qlab_unpack(const Stream* stream, int64_t path) {
+  (path == PATH_AVX512 ? unpack_avx512 : path == PATH_AVX2 ? unpack_avx2 : unpack_portable)(*stream);
+}
+
+}
