@@ -3,11 +3,12 @@
 A segment is done when its notes are what was written and its shard has the hash that they name.
 """
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
@@ -51,7 +52,8 @@ class Segments(ABC):
     def write_shard(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """One shard, atomically, one tensor at a time."""
         self.atomically(self.shard(index), lambda path: write(path, tensors))
-        self.digests[index] = Later(digest_of, self.shard(index))
+        # opened here: the folder may be taken away before the thread comes to it
+        self.digests[index] = Later(_digest_and_close, self.shard(index).open("rb"))
 
     def write_notes(self, index: int, notes: Mapping[str, Mapping[str, Any]]) -> None:
         """What the report says of a segment, by section, kept until the end of the job; with the
@@ -113,3 +115,8 @@ class Segments(ABC):
         if not shard.is_file():
             return f"{shard} is missing"
         return None if digest_of(shard) == record["shard"] else f"{shard} is not what was written"
+
+
+def _digest_and_close(file: IO[bytes]) -> str:
+    with file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

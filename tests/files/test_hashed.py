@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 
 import pytest
+import torch
 from model_folders import change, contents, random_tokens
 
 from qlab.algebra.spec import parse_spec
@@ -16,6 +17,7 @@ from qlab.errors import QlabError
 from qlab.files import hashed
 from qlab.files.checkpoint import open_checkpoint
 from qlab.files.hashed import HashedFiles
+from qlab.files.tensors import Buffers
 from qlab.files.writer import Writer
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
@@ -29,9 +31,9 @@ def readings(monkeypatch):
     """What is read: tensor -> how often, and "" -> bytes that are read for a hash alone."""
     counted, read, hash_up_to = Counter(), hashed.read, hashed._HashedFile.hash_up_to
 
-    def counting_read(name, stored, files):
+    def counting_read(name, *place):
         counted[name] += 1
-        return read(name, stored, files)
+        return read(name, *place)
 
     def counting_hash(file, stop):
         counted[""] += stop - file.position
@@ -141,3 +143,26 @@ def test_a_copy_of_the_model_is_the_same_job(stopped, tmp_path):
     quantize(open_checkpoint(copied), rtn(SPEC), None, out, resume=True)
     whole = quantize(open_checkpoint(model), rtn(SPEC), None, tmp_path / "whole").path
     assert contents(out) == contents(whole)
+
+
+def test_a_hash_behind_the_caller_is_that_of_all_parts():
+    parts = [bytes([i]) * size for i, size in enumerate([3, hashed.BESIDE, 5, 4 * hashed.BESIDE])]
+    behind, digest = hashed.Behind(), hashlib.sha256()
+    for part in parts:
+        behind.update(part)
+        digest.update(part)
+        assert behind.hexdigest() == digest.hexdigest()
+
+
+def test_a_buffer_is_used_again_once_no_tensor_of_it_is_left():
+    buffers = Buffers()
+    size = buffers.LEAST
+    first, second = buffers.empty(4 * size), buffers.empty(4 * size)
+    place, view = first.data_ptr(), first.view(torch.bfloat16)[3:]
+    del first
+    third = buffers.empty(4 * size)
+    assert place not in (second.data_ptr(), third.data_ptr())  # `view` is left
+    del view
+    small = buffers.empty(size)  # which would take too much of it
+    again = buffers.empty(4 * size - 1)
+    assert again.data_ptr() == place != small.data_ptr() and again.shape == (4 * size - 1,)
