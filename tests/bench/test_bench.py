@@ -1,4 +1,4 @@
-"""`python -m qlab.bench` on a tiny model, and once on the demo: rows, files, refusals."""
+"""`python -m qlab.bench` on a tiny model, and once from the shell: rows, files, refusals."""
 
 import json
 import subprocess
@@ -193,7 +193,9 @@ def test_bad_input_is_one_sentence(bench, job, tmp_path, arguments, part):
     assert all(line.startswith("calibrating on ") for line in before)
 
 
-def test_the_demo_from_the_shell(tmp_path):
+def test_the_demo_from_the_shell(shelf, tmp_path, monkeypatch):
+    """Of a model and texts that stand for the demo's."""
+    monkeypatch.setenv("QLAB_DEMO", str(shelf))
     small = ["--methods", "rtn", "--samples", "2", "--length", "128", "--windows", "2"]
     command = [sys.executable, "-m", "qlab.bench", *small, "--out", "out", "--json", "bench.json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -201,7 +203,7 @@ def test_the_demo_from_the_shell(tmp_path):
     record = json.loads((tmp_path / "bench.json").read_text())
     check(record, ["rtn"], "int4-g64", "quantized")
     assert record["model"] == "demo" and record["reference"]["bits_per_weight"] == 16
-    assert len(record["rows"][0]["layer_error"]) == 30 and 1 < record["rows"][0]["ratio"] < 2
+    assert len(record["rows"][0]["layer_error"]) == 2
 
 
 def test_what_no_format_holds_is_measured_without_being_written(bench, job, tmp_path):

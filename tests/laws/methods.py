@@ -69,9 +69,14 @@ IN_ROWS = (
 )
 
 
-def on_specs(methods):
-    """Every method on every spec, rows of steps on one: (method, spec)."""
-    return [(m, text) for m in methods for text in LAW_SPECS[: 1 if m in IN_ROWS else None]]
+def in_turn(methods, families):
+    """Every method on every spec, of the families in turn, and rows of steps on one spec, of every
+    family: (method, spec, family)."""
+    cases = []
+    for m in methods:
+        specs = LAW_SPECS[:1] * len(families) if m in IN_ROWS else LAW_SPECS
+        cases += [(m, text, families[i % len(families)]) for i, text in enumerate(specs)]
+    return cases
 
 
 def pairs(methods, families):
