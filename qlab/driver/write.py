@@ -1,5 +1,6 @@
 """What recipes make of a model, written as model directories, one segment in memory at a time."""
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qlab.algebra.compiled import expect
 from qlab.codecs import CODECS, codec_of_directories
 from qlab.driver.apply import Quantized
 from qlab.driver.batches import batch_tokens, in_batches, sharing_a_pass
@@ -207,6 +209,7 @@ def _written(
             own_writer=writers.get(name),
             codec=CODECS[job.codec or CODEC],
         )
+    expect(sum(math.prod(tensor.shape) for tensor in first.model.stored.values()))
     _begin(runs, skeleton, source, stack)
     finished = ranks.first(lambda: [name for name, run in runs.items() if run.writer.finished])
     results: dict[str, Result] = {}

@@ -196,7 +196,7 @@ def certificates(
             hold by no such name is certified by its hash alone.
     """
     certified: dict[str, dict[str, Any]] = {}
-    hashes: dict[str, Later[str]] = {}
+    digests: dict[str, Later[str]] = {}
     for name, leaf in leaves.items():
         if not isinstance(leaf, QTensor):
             continue
@@ -206,9 +206,11 @@ def certificates(
             original = originals[name] if name in originals else skeleton.checkpoint.leaf(name)
         if isinstance(original, Tensor) and module in skeleton.names.transposed:
             original = original.mT
-        hashes[module] = Later(fingerprint, leaf)
+        digests[module] = Later(fingerprint, leaf)
         certified[module] = {} if original is None else distances(leaf, original)
-    return {module: {"sha256": hashes[module].result(), **row} for module, row in certified.items()}
+    return {
+        module: {"sha256": digests[module].result(), **row} for module, row in certified.items()
+    }
 
 
 def hashes(leaves: Mapping[str, Leaf], names: Collection[str]) -> dict[str, str]:
