@@ -158,7 +158,7 @@ def _key_changed(draw: random.Random, raw: bytes, key: str) -> bytes:
     value: Any = any_value(draw)
     if key.startswith((RECORDED, "qlab.file.")) and draw.random() < 0.8:
         said = raw[begin + 8 : end]
-        is_json = said.startswith(b"{")
+        is_json = said.startswith(b"{") and not said.startswith((b"{{", b"{%"))  # a chat template
         said = text_of(draw, changed_json(draw, json.loads(said))) if is_json else said[:-1]
         return raw[:begin] + struct.pack("<Q", len(said)) + said + raw[end:]
     kind = draw.choice([*SCALARS, TEXT, LIST, 77])
