@@ -2,12 +2,13 @@
 rounding explains.
 
 Kernels run in Triton's interpreter, in a process of its own: TRITON_INTERPRET counts when Triton is
-imported, and the other tests compile kernels. That process imports qlab_kernels from `path`, where
-a test may have planted a fault.
+imported, and the other tests compile kernels. Sources in which a test planted a fault run in a fork
+of another such process, which has imported Triton and nothing of qlab_kernels.
 """
 
 import importlib.util
 import os
+import pickle
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -37,15 +38,36 @@ class Case:
     device: str = "cpu"
 
 
-def interpreter(path=None):
-    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_interpret, initargs=(path,))
+def interpreter():
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_interpret)
 
 
-def _interpret(path):
+def _interpret():
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
-    if path:
-        sys.path.insert(0, path)
+    importlib.import_module("triton")
+
+
+def compilers(cores, cache_directory):
+    return ProcessPoolExecutor(cores, get_context("spawn"), _compile, (cache_directory,))
+
+
+def _compile(cache_directory):
+    os.environ["TRITON_CACHE_DIR"] = cache_directory
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def planted_in(path, call):
+    """What a pickled call gives by the sources in `path`, which a fork of this process imports."""
+    assert "qlab_kernels" not in sys.modules
+    fork = get_context("fork")
+    with ProcessPoolExecutor(1, fork, sys.path.insert, (0, path)) as faulty:
+        return faulty.submit(_called, call).result()
+
+
+def _called(call):
+    function, *arguments = pickle.loads(call)
+    return function(*arguments)
 
 
 def illegal(case):
@@ -101,17 +123,6 @@ def a8_excess(fields):
     from qlab_kernels.acceptance.int4_a8 import Product, excess
 
     return excess(Product(**fields), torch.device("cpu"))
-
-
-def a8_planted(path, fields):
-    """The same by the sources in `path`, imported anew: many faults take one process."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "qlab_kernels"]:
-        del sys.modules[name]
-    sys.path.insert(0, path)
-    try:
-        return a8_excess(fields)
-    finally:
-        sys.path.remove(path)
 
 
 def a8_largest():

@@ -6,10 +6,8 @@ from importlib import import_module
 from pathlib import Path
 
 import cases
-import numpy
 import pytest
 import torch
-import triton
 
 import qlab_kernels
 from qlab_kernels.acceptance import FAMILIES, check, forms, timed
@@ -18,14 +16,6 @@ from qlab_kernels.capability import TARGETS, KernelError
 from qlab_kernels.config import Config, Problem, legal
 
 SOURCE = Path(qlab_kernels.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    if triton.__version__ < "3.7" and not numpy.__version__ < "2.4":
-        pytest.skip("the interpreter of Triton 3.6 fails with numpy 2.4 and newer")
-    with cases.interpreter() as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,13 +85,12 @@ def test_every_product_is_legal(cc):
         ("grouped.py", "tl.cumsum(tiles, 0) <= tile", "tl.cumsum(tiles, 0) < tile", "experts"),
     ],
 )
-def test_planted_faults_are_caught(interpreter, tmp_path, file, right, wrong, name):
-    planted = shutil.copytree(SOURCE, tmp_path / "qlab_kernels") / file
-    source = planted.read_text(encoding="utf-8")
+def test_planted_faults_are_caught(interpreter, faulty, tmp_path, file, right, wrong, name):
+    changed = shutil.copytree(SOURCE, tmp_path / "qlab_kernels") / file
+    source = changed.read_text(encoding="utf-8")
     assert source.count(right) == 1
-    planted.write_text(source.replace(right, wrong), encoding="utf-8")
+    changed.write_text(source.replace(right, wrong), encoding="utf-8")
     cc = (8, 0)
     name = next(case.name for case in listed("int4", cc) if case.name.startswith(name))
     assert interpreter.submit(cases.accepted, "int4", name, cc).result() <= 1
-    with cases.interpreter(str(tmp_path)) as faulty:
-        assert not faulty.submit(cases.accepted, "int4", name, cc).result() <= 1
+    assert not faulty(tmp_path, cases.accepted, "int4", name, cc) <= 1

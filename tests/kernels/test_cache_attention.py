@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import cases
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,12 +20,6 @@ HERE = torch.device("cpu")
 SOURCE = Path(qlab_kernels.__file__).parent
 FORMAT = st.sampled_from(["int8", "fp8", "int4"])
 few = settings(max_examples=25)
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    with cases.interpreter() as pool:
-        yield pool
 
 
 @st.composite
@@ -100,15 +93,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(fault, interpreter, tmp_path):
+def test_planted_faults_are_caught(fault, interpreter, faulty, tmp_path):
     right, wrong, case = FAULTS[fault]
-    planted = shutil.copytree(SOURCE, tmp_path / "qlab_kernels") / "cache_attention.py"
-    source = planted.read_text(encoding="utf-8")
+    changed = shutil.copytree(SOURCE, tmp_path / "qlab_kernels") / "cache_attention.py"
+    source = changed.read_text(encoding="utf-8")
     assert source.count(right) == 1, right
-    planted.write_text(source.replace(right, wrong), encoding="utf-8")
+    changed.write_text(source.replace(right, wrong), encoding="utf-8")
     assert interpreter.submit(excess, case, HERE).result() <= 1
-    with cases.interpreter(str(tmp_path)) as faulty:
-        assert not faulty.submit(excess, case, HERE).result() <= 2
+    assert not faulty(tmp_path, excess, case, HERE) <= 2
 
 
 @given(st.integers(1, 9), st.integers(0, 99))

@@ -4,7 +4,6 @@ source are caught."""
 import shutil
 from pathlib import Path
 
-import cases
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,12 +23,6 @@ SHAPE = st.one_of(
     st.tuples(st.integers(1, 10), st.just(1)),
     st.tuples(st.integers(1, 5), st.sampled_from([12, 20, 28, 36, 40])),
 )
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    with cases.interpreter() as pool:
-        yield pool
 
 
 @few
@@ -73,15 +66,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(fault, interpreter, tmp_path):
+def test_planted_faults_are_caught(fault, interpreter, faulty, tmp_path):
     right, wrong, case = FAULTS[fault]
-    planted = shutil.copytree(SOURCE, tmp_path / "qlab_kernels") / "hadamard.py"
-    source = planted.read_text(encoding="utf-8")
+    changed = shutil.copytree(SOURCE, tmp_path / "qlab_kernels") / "hadamard.py"
+    source = changed.read_text(encoding="utf-8")
     assert source.count(right) == 1, right
-    planted.write_text(source.replace(right, wrong), encoding="utf-8")
+    changed.write_text(source.replace(right, wrong), encoding="utf-8")
     assert interpreter.submit(excess, case, HERE).result() <= 1
-    with cases.interpreter(str(tmp_path)) as faulty:
-        assert not faulty.submit(excess, case, HERE).result() <= 10
+    assert not faulty(tmp_path, excess, case, HERE) <= 10
 
 
 def problem(n, core=1, cc=(9, 0), dtype="bfloat16"):

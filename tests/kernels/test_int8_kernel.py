@@ -3,12 +3,9 @@ check catches faults planted in its source."""
 
 from pathlib import Path
 
-import cases
 import int8_cases
-import numpy
 import pytest
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,14 +17,6 @@ from qlab_kernels.static import compiled
 SOURCE = Path(qlab_kernels.__file__).parent / "int8_int8_kernel.py"
 TILE = ("gemm", 16, 64, 64)
 few = settings(max_examples=20)
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    if triton.__version__ < "3.7" and not numpy.__version__ < "2.4":
-        pytest.skip("the interpreter of Triton 3.6 fails with numpy 2.4 and newer")
-    with cases.interpreter() as pool:
-        yield pool
 
 
 def check(interpreter, case):

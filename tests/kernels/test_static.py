@@ -2,15 +2,13 @@
 and passes the gates.
 
 The normal run compiles every configuration of the shipped tables and of the heuristic's choices, of
-every family for every capability that it runs on, each for one of its kinds of weights in turn;
-`-m static_full` compiles every candidate of every kind of weights.
+every family for every capability that it runs on, each for one of its kinds of weights in turn, and
+for one capability in turn of those that have one row in TARGETS; `-m static_full` compiles every
+candidate of every kind of weights for every capability.
 """
 
-import os
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -41,11 +39,11 @@ def chosen(family: AheadOfTime) -> list[Any]:
 
 
 def normal(family: AheadOfTime) -> list[Any]:
-    """Of the variants of one configuration, which differ in the kind of weights alone, one: the
-    next kind every time."""
+    """Of the variants of one configuration, which differ in the kind of weights and among equal
+    capabilities alone, one: the next one every time."""
     alike: dict[tuple, list[Any]] = {}
     for v in dict.fromkeys(chosen(family)):
-        alike.setdefault((v.cc, v.op, v.config), []).append(v)
+        alike.setdefault((TARGETS[v.cc], v.op, v.config), []).append(v)
     return [variants[i % len(variants)] for i, variants in enumerate(alike.values())]
 
 
@@ -54,26 +52,11 @@ def everything(family: AheadOfTime, cc: Capability) -> list[Any]:
     return [v for p, c in pairs for v in family.variants(p, c)]
 
 
-def quiet(cache_directory):
-    os.environ["TRITON_CACHE_DIR"] = cache_directory
-    os.environ.pop("TRITON_INTERPRET", None)
-
-
 def attempt(v: Any, **constants) -> Facts | str:
     try:
         return compile_variant(v, **constants)
     except Exception as error:  # any failure of the compiler is a fault of the variant
         return f"{type(error).__name__}: {error}"
-
-
-@pytest.fixture(scope="module")
-def compilers(tmp_path_factory):
-    workers = len(os.sched_getaffinity(0))
-    directory = str(tmp_path_factory.mktemp("triton"))
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=quiet, initargs=(directory,)
-    ) as pool:
-        yield pool
 
 
 def failures(compilers, variants: Iterable[Any]) -> list[str]:
@@ -104,8 +87,8 @@ def test_the_normal_run_stays_small_and_covers_every_capability(name):
     family = FAMILIES[name]
     variants, all_of_them = normal(family), chosen(family)
     assert len(variants) <= MOST
-    assert {(v.cc, v.op, v.config) for v in variants} == {
-        (v.cc, v.op, v.config) for v in all_of_them
+    assert {(TARGETS[v.cc], v.op, v.config) for v in variants} == {
+        (TARGETS[v.cc], v.op, v.config) for v in all_of_them
     }
     assert {v.cc for v in variants} == set(runs_on(family)) != set()
     without = [replace(v, cc=(0, 0), op="", config=Config("gemm")) for v in variants]
