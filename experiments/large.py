@@ -2,8 +2,8 @@
 run as fast as files can be copied?
 
 Usage: python experiments/large.py blocks FOLDER [blocks=2] [samples=2] [length=512]
-           [spec=int4-g128] [rtn=NAME,NAME] [layers=80] [hidden=8192] [intermediate=28672]
-           [vocabulary=128256]
+           [spec=int4-g128] [sweeps=1] [rtn=NAME,NAME] [layers=80] [hidden=8192]
+           [intermediate=28672] [vocabulary=128256]
        python experiments/large.py speed FOLDER [gigabytes=1] [turns=3] [spec=int4-g128]
        python experiments/large.py experts FOLDER [blocks=1] [rounded=6] [samples=2]
            [length=128] [spec=int4-g128] [method=gptq] [layers=48] [hidden=2048] [intermediate=768]
@@ -11,8 +11,9 @@ Usage: python experiments/large.py blocks FOLDER [blocks=2] [samples=2] [length=
 
 `blocks` writes a model to FOLDER whose first blocks hold random numbers, and whose others are holes
 in sparse files: they take no room and no run reads them. The weights whose names end as `rtn` says
-are rounded to nearest, and all others are solved by GPTQ. It plans the whole, runs the first blocks
-by `qlab.rehearse` with states in FOLDER, and compares the predicted peak with the measured one.
+are rounded to nearest, and all others are solved by GPTQ, with `sweeps` of coordinate descent (0:
+as in its paper). It plans the whole, runs the first blocks by `qlab.rehearse` with states and sums
+of statistics in FOLDER, and compares the predicted peak with the measured one.
 
 `speed` writes a model of blocks of hidden size 2048 and takes turns: a plain copy of its files,
 synced as every run of qlab syncs what it writes, a copy that is not synced, RTN (`quantize`), and
@@ -54,6 +55,7 @@ BLOCKS = {
     "samples": "2",
     "length": "512",
     "spec": "int4-g128",
+    "sweeps": "1",
     "rtn": "",
     "layers": "80",
     "hidden": "8192",
@@ -147,7 +149,8 @@ def blocks(folder, options):
     known = min(KNOWN, sizes[-1])
     ids = torch.randint(0, known, shape, generator=torch.Generator().manual_seed(0))
     rounded = {f"*{end}": qlab.rtn(options["spec"]) for end in options["rtn"].split(",") if end}
-    recipe = qlab.rules({**rounded, "*": qlab.gptq(options["spec"])})
+    solved = qlab.gptq(options["spec"], sweeps=int(options["sweeps"]))
+    recipe = qlab.rules({**rounded, "*": solved})
     rehearsal = qlab.rehearse(
         model,
         recipe,

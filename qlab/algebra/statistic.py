@@ -52,6 +52,8 @@ class Stat(NamedTuple):
         nothing: k -> the state of k channels that no token reached, the identity of combine; by
             default None, which is combined with nothing.
         name: under which a step finds the state. The statistics of qlab go by the keys of STATS.
+        into: what combine gives, in the memory of the first state, which is lost; None where there
+            is no such way.
 
     Example:
         >>> import qlab, torch
@@ -68,6 +70,7 @@ class Stat(NamedTuple):
     transport: Callable[[Any, Tensor], Any] = lambda state, M: None
     nothing: Callable[[int], Any] = lambda k: None
     name: str = ""
+    into: Callable[[Any, Any], Any] | None = None
 
 
 def in_turn(given: Callable[[int], Any], run: Callable[[int, Any], Any], count: int) -> list[Any]:
@@ -107,11 +110,14 @@ def per_expert(stat: Stat) -> Stat:
         ]
         return PerExpert(tuple(stat.lift(part) if len(part.keys) else nothing() for part in parts))
 
-    def combine(a: PerExpert, b: PerExpert) -> PerExpert:
-        both = zip(a.states, b.states)
-        return PerExpert(
-            tuple(y if x is None else x if y is None else stat.combine(x, y) for x, y in both)
-        )
+    def by(both: Callable[[Any, Any], Any]) -> Callable[[PerExpert, PerExpert], PerExpert]:
+        def combine(a: PerExpert, b: PerExpert) -> PerExpert:
+            pairs = zip(a.states, b.states)
+            return PerExpert(
+                tuple(y if x is None else x if y is None else both(x, y) for x, y in pairs)
+            )
+
+        return combine
 
     def move(state: PerExpert, M: Tensor) -> PerExpert | None:
         moved = [
@@ -119,7 +125,8 @@ def per_expert(stat: Stat) -> Stat:
         ]
         return None if any(s is None for s in moved) else PerExpert(tuple(moved))
 
-    return Stat(lift, combine, move, stat.nothing)
+    into = None if stat.into is None else by(stat.into)
+    return Stat(lift, by(stat.combine), move, stat.nothing, into=into)
 
 
 def _on(like: Tensor, state: Any) -> Any:

@@ -8,6 +8,7 @@ the model.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,9 @@ class Moment(NamedTuple):
         return float(self.output_errors(D_ok).sum())
 
 
+Add = Callable[[Moment, Moment], Moment]
+
+
 def own_mean_kk(moment: Moment) -> Tensor:
     """The mean over tokens, in the memory of a moment that is the caller's own, which is lost."""
     return moment.sum_kk.div_(moment.tokens) if moment.tokens else moment.mean_kk
@@ -110,6 +114,11 @@ def gram(x_nk: Tensor) -> Tensor:
 def add_moments(a: Moment, b: Moment) -> Moment:
     """The moment of the tokens of both."""
     return Moment(a.sum_kk + b.sum_kk, a.tokens + b.tokens)
+
+
+def add_into(a: Moment, b: Moment) -> Moment:
+    """The same in the memory of the first, which is lost."""
+    return Moment(a.sum_kk.add_(b.sum_kk), a.tokens + b.tokens)
 
 
 def _drift(o: Observation) -> Moment:
@@ -159,12 +168,15 @@ def _received(o: Observation) -> Moment:
     return Moment(gram(o.x_nk.float() * o.received_n.sqrt()[:, None]), len(o.x_nk))
 
 
-def add_known(a: Moment, b: Moment) -> Moment:
+def add_known(a: Moment, b: Moment, add: Add = add_moments) -> Moment:
     """The same of moments that may be of no tokens, where nothing is known."""
     # a sum with nothing is not worth its matrix
     if a.tokens and b.tokens:
-        return add_moments(a, b)
+        return add(a, b)
     return max((a, b), key=lambda state: (state.tokens, len(state.sum_kk)))
+
+
+_known_into = partial(add_known, add=add_into)
 
 
 def _stream_drift(o: Observation) -> Moment:
@@ -233,12 +245,14 @@ STATS: dict[str, Stat] = {
         add_moments,
         _move_moment,
         _no_moment,
+        into=add_into,
     ),
     "drift": Stat(
         _drift,
         add_moments,
         _move_moment,
         _no_moment,
+        into=add_into,
     ),
     # The part of both on which a choice that was made on the rest is judged.
     "held_out": Stat(
@@ -246,16 +260,21 @@ STATS: dict[str, Stat] = {
         lambda a, b: Drifting(*map(add_moments, a, b)),
         lambda s, M: Drifting(*(_move_moment(moment, M) for moment in s)),
         lambda k: Drifting(_no_moment(k), _no_moment(k)),
+        into=lambda a, b: Drifting(*map(add_into, a, b)),
     ),
     # What the attention that tokens receive adds to their weight in the second moment.
-    "received": Stat(_received, add_known, _move_moment, _no_moment),
+    "received": Stat(_received, add_known, _move_moment, _no_moment, into=_known_into),
     # What the sum that an output goes into lacks already, as far as the input says it.
-    "stream_drift": Stat(_stream_drift, add_known, _move_stream, _no_stream),
-    "stream_held_out": Stat(_of_held_out(_stream_drift), add_known, _move_stream, _no_stream),
+    "stream_drift": Stat(_stream_drift, add_known, _move_stream, _no_stream, into=_known_into),
+    "stream_held_out": Stat(
+        _of_held_out(_stream_drift), add_known, _move_stream, _no_stream, into=_known_into
+    ),
     # Of the other tokens. With those that are held out they make up the whole, which need not be
     # multiplied once more.
-    "drift_fitted": Stat(_of_fitted(_drift), add_moments, _move_moment, _no_moment),
-    "stream_fitted": Stat(_of_fitted(_stream_drift), add_known, _move_stream, _no_stream),
+    "drift_fitted": Stat(_of_fitted(_drift), add_moments, _move_moment, _no_moment, into=add_into),
+    "stream_fitted": Stat(
+        _of_fitted(_stream_drift), add_known, _move_stream, _no_stream, into=_known_into
+    ),
     "absmax": Stat(
         lambda o: o.x_nk.abs().amax(0).float(),
         torch.maximum,

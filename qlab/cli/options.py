@@ -149,7 +149,7 @@ Offload = Annotated[
     Path | None,
     typer.Option(
         "--offload",
-        help="folder for hidden states and blocks that are kept meanwhile; results are the same",
+        help="folder for states, statistics and blocks that are kept meanwhile; same results",
     ),
 ]
 InputsName = Annotated[

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from qlab.algebra.block import SAMPLES
@@ -46,6 +47,7 @@ class Divided(Division):
         tokens: Of each batch.
         one_by_one: Whether its inputs are solved one after another, so that only sites of one input
             are solved at a time.
+        offload: See `Division`.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class Divided(Division):
         graph: ModuleGraph,
         tokens: Sequence[int],
         one_by_one: bool,
+        offload: str | Path | None = None,
     ):
         self.parts = Parts(len(tokens))
-        super().__init__(self.parts.size)
+        super().__init__(self.parts.size, offload)
         self.ranks, self.stages, self.tokens = ranks, stages, tokens
         self.owners = site_owners(_shapes(graph), ranks.world, one_by_one, _fused(stages))
 
@@ -169,7 +172,7 @@ class _Totals(Totals):
     def __init__(
         self, division: Divided, graph: ModuleGraph, keys: set[Key], experts: slice | None
     ):
-        super().__init__(graph, keys, experts, division.size)
+        super().__init__(graph, keys, experts, division.size, division.offload)
         self.division, self.ranks, self.parts = division, division.ranks, division.parts
         self.own = self.parts.numbers(self.ranks.rank, self.ranks.world)
         asked = sorted(keys, key=_named)

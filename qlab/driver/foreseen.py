@@ -86,6 +86,19 @@ def around_bytes(skeleton: Skeleton, size: int) -> int:
     return size * sum(skeleton.checkpoint.shape_and_dtype(name)[0].numel() for name in names)
 
 
+def leaf_bytes(skeleton: Skeleton, path: str) -> int:
+    """The leaves of a block: in the dtype of the files, or in that of the activations where that
+    is wider, to which they are converted where they are used."""
+    widths = {
+        name: max(
+            skeleton.dtype.itemsize,
+            *(skeleton.names.stored_dtype(piece).itemsize for piece in pieces),
+        )
+        for name, pieces in skeleton.names.block_names(path).items()
+    }
+    return sum(p.numel() * widths[name] for name, p in skeleton.blocks[path].named_parameters())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Running:
     """A model while it is measured. tokens: of a window. hidden: channels between segments."""

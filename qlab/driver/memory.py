@@ -12,12 +12,13 @@ from torch.utils import _pytree as pytree
 from qlab.algebra.graph import Code, Site, by_source
 from qlab.algebra.statistic import Stat
 from qlab.algebra.transform import Stage
-from qlab.algebra.views import EverySegment, Gauged, WholeBlock, WholeModelBasis
+from qlab.algebra.views import EverySegment, Gauged, Uncovered, WholeBlock, WholeModelBasis
 from qlab.data.calibration import Data
 from qlab.driver.batches import batch_tokens
-from qlab.driver.foreseen import FP32, Measured, Running, around_bytes
+from qlab.driver.foreseen import FP32, Measured, Running, around_bytes, leaf_bytes
 from qlab.driver.job import Job
 from qlab.driver.learning import KEPT
+from qlab.driver.parts import Parts
 from qlab.driver.scores import score_bytes
 from qlab.driver.sites import Sites
 from qlab.driver.solve import HELD
@@ -68,7 +69,7 @@ def predict_memory(
             size=skeleton.dtype.itemsize,
             experts_at_once=experts_at_once,
         )
-        leaves = _leaf_bytes(skeleton, path) * block.streams
+        leaves = leaf_bytes(skeleton, path) * block.streams
         moments += [{"block": leaves, **moment} for moment in block.moments()]
         moments += block.measuring(skeleton, len(sites.codes), measured)
     widest = max(moments, key=lambda moment: sum(moment.values()))
@@ -94,19 +95,6 @@ def _entering(data: Data, skeleton: Skeleton) -> Moment:
         "embeddings": embedding.numel() * size,
         "carry": size * data.count * embedding.shape[-1],
     }
-
-
-def _leaf_bytes(skeleton: Skeleton, path: str) -> int:
-    """The leaves of a block: in the dtype of the files, or in that of the activations where that
-    is wider, to which they are converted where they are used."""
-    widths = {
-        name: max(
-            skeleton.dtype.itemsize,
-            *(skeleton.names.stored_dtype(piece).itemsize for piece in pieces),
-        )
-        for name, pieces in skeleton.names.block_names(path).items()
-    }
-    return sum(p.numel() * widths[name] for name, p in skeleton.blocks[path].named_parameters())
 
 
 def _state_bytes(stat: Stat, k: int) -> int:
@@ -177,9 +165,8 @@ class _Block:
         activations = self._activations(data, self.size) + self._scores(data)
         if self.size < FP32:  # an input is converted for its second moment
             activations += self._tokens(data) * FP32 * max(self.widths)
-        added = 2 * (data.count > self._tokens(data))  # that of a batch, and the sum with it
         yield {
-            "statistics": self.statistics + added * self.square,
+            "statistics": self.statistics + self._added(data),
             "activations": activations,
             "waiting": self.waiting,
         }
@@ -206,6 +193,8 @@ class _Block:
     def _solving(self) -> Iterator[Moment]:
         moved = 0
         for stage in self.job.recipe:
+            if isinstance(stage.view, Uncovered):  # solves nothing
+                continue
             if isinstance(stage.view, Gauged):  # weights stay in fp32 until they are rounded
                 moved += FP32 * self._turned_by(stage)
             solving = FP32 * self._copied(stage) + stage.workspace * self.square
@@ -322,6 +311,17 @@ class _Block:
         # a step that reads a state, or a batch that is added to it, takes two more of that size
         return self._second_moments + held + 2 * max(own)
 
+    def _added(self, data: Data) -> int:
+        """Bytes of sums that grow beside the totals of second moments: that of a part of several
+        batches, in whose place totals may be offloaded, and that of a batch."""
+        batches = len(data.batches(batch_tokens([self.job.recipe])))
+        if batches == 1:
+            return 0
+        totals, largest = self._second_moments, self._of_each_source * max(self.moments_kk)
+        if Parts(batches).size == 1:  # a part is a batch
+            return totals
+        return largest if self.job.offload is not None else totals + largest
+
     @property
     def _own_states(self) -> list[int]:
         """Bytes of the states of statistics that are a recipe's own, for every source: as large as
@@ -348,12 +348,13 @@ class _Block:
         stream [o, k] is counted as if it was."""
         if not self.square:
             return 0
-        of_sources = self.moments_kk
-        held = max(of_sources) if self.source_by_source else sum(of_sources)
-        growing = 2 * (max(of_sources) - self.square)  # that of a batch, and the sum with it
-        beside = sum(BESIDE[name] for name in BESIDE if name in self.job.statistics)
-        moments = self.streams + beside
-        return moments * (held + growing)
+        held = max(self.moments_kk) if self.source_by_source else sum(self.moments_kk)
+        return self._of_each_source * held
+
+    @property
+    def _of_each_source(self) -> int:
+        """The matrices that a source has, each as large as its second moment."""
+        return self.streams + sum(BESIDE[name] for name in BESIDE if name in self.job.statistics)
 
     def _experts_held(self, site: Site) -> int:
         if not site.route:

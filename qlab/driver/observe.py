@@ -4,9 +4,10 @@ Everything that observes is a function of the segment as it is now and of the st
 wanted of it (`Observe`).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -24,6 +25,7 @@ from qlab.algebra.stats import ATTENDING, COMPARING, JOINING, Need, Stats, name_
 from qlab.algebra.stream import streams_joined
 from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.wires import full_name
+from qlab.driver.away import Away
 from qlab.driver.batches import Batches
 from qlab.errors import QlabError
 
@@ -66,14 +68,16 @@ class Reference:
 class Division:
     """How a block is observed and solved: by this process alone, which sees all batches.
 
-    size: how many batches a part has, over which statistics are summed (`Totals`).
+    size: how many batches a part has, over which statistics are summed (`Totals`). offload: the
+    folder in which totals lie meanwhile; None for memory.
     """
 
     size: int = 1
+    offload: str | Path | None = None
 
     def totals(self, graph: ModuleGraph, keys: set[Key], experts: slice | None = None) -> "Totals":
         """The statistics of a segment over no batches yet."""
-        return Totals(graph, keys, experts, self.size)
+        return Totals(graph, keys, experts, self.size, self.offload)
 
     def batches(self, count: int) -> Sequence[int]:
         """The numbers of the batches, of so many, that this process sees."""
@@ -181,16 +185,24 @@ class Totals:
         keys: The statistics.
         experts: The experts of which statistics are kept (None: all).
         size: How many batches a part has.
+        offload: The folder in which totals lie while parts of several batches are summed.
     """
 
     def __init__(
-        self, graph: ModuleGraph, keys: set[Key], experts: slice | None = None, size: int = 1
+        self,
+        graph: ModuleGraph,
+        keys: set[Key],
+        experts: slice | None = None,
+        size: int = 1,
+        offload: str | Path | None = None,
     ):
         self.graph, self.keys, self.experts, self.size = graph, keys, experts, size
         self.tokens = dict.fromkeys((source for source, _ in keys), 0)
         self.batches = 0
         self.part: dict[Key, Any] = {}
-        self.totals: dict[Key, Any] = {}
+        self.totals: MutableMapping[Key, Any] = {}
+        if offload is not None and size > 1:  # a part of one batch is there with its total anyway
+            self.totals = Away(offload)
 
     def add(
         self,
@@ -213,8 +225,8 @@ class Totals:
             needs = [need for of_source, need in self.keys if of_source == source]
             for need in sorted(needs, key=name_of):
                 stat, key = stat_of(need, observation.ends is not None), (source, need)
-                state = called(self._what(key), stat.lift, observation)
-                self._combine(self.part, key, state)
+                # under no name here: a part may end while it would be held
+                self._combine(self.part, key, called(self._what(key), stat.lift, observation))
         self.batches += 1
         if self.batches % self.size == 0:
             self._end_part()
@@ -224,19 +236,21 @@ class Totals:
         """The statistics of all batches."""
         if self.batches % self.size:
             self._end_part()
-        return self.totals
+        return dict(self.totals)
 
     def _end_part(self) -> None:
         """Add the part to those before it."""
-        for key, state in self.part.items():
+        while self.part:
+            key, state = self.part.popitem()
             self._combine(self.totals, key, state)
-        self.part = {}
 
-    def _combine(self, states: dict[Key, Any], key: Key, state: Any) -> None:
+    def _combine(self, states: MutableMapping[Key, Any], key: Key, state: Any) -> None:
+        """Add a state to what is there, which is nobody else's."""
         earlier = states.get(key)
         if earlier is not None:
             stat = stat_of(key[1], isinstance(state, PerExpert))
-            state = called(f"{self._what(key)}, combined,", stat.combine, earlier, state)
+            both = stat.into or stat.combine
+            state = called(f"{self._what(key)}, combined,", both, earlier, state)
         states[key] = state
 
     def _what(self, key: Key) -> str:

@@ -90,7 +90,7 @@ def plan(
         target: The engine that is to load the directory, a name in `qlab.codecs.engines`, or None.
         memory: A bound in bytes into which the statistics of experts are to fit, some experts at a
             time; `Plan.check` says whether they do. None sets no bound.
-        offload: See `quantize`; changes nothing of a plan.
+        offload: See `quantize`; of a plan it changes the memory.
         ranks: The processes that are to share the run, as torchrun starts them. Memory is that of
             the one that needs most, and the bound is for each of them.
 

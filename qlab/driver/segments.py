@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from qlab.algebra.frame import framing
@@ -112,7 +113,7 @@ def solved_by_each(
     if any(solver.job.observed is not None for solver in solvers):
         _refuse_overflow(skeleton, graph)
     reference = Reference(graph, streams[1]) if streams[1:] else None
-    division = _division(solvers, graph, tokens)
+    division = _division(solvers, graph, tokens, skeleton.device)
     everywhere = first.calibrate_all_experts
     observing = partial(
         observe, batches=batches, calibrate_all_experts=everywhere, division=division
@@ -155,14 +156,18 @@ def _write(carry: Carry, tensors: Iterator[Tensor], ranks: Ranks) -> None:
         deque(tensors, maxlen=0)
 
 
-def _division(solvers: Sequence[Solver], graph: ModuleGraph, tokens: Sequence[int]) -> Division:
-    """How the block is observed and solved. tokens: of each batch."""
+def _division(
+    solvers: Sequence[Solver], graph: ModuleGraph, tokens: Sequence[int], device: torch.device
+) -> Division:
+    """How the block is observed and solved. tokens: of each batch. Statistics on a GPU are not in
+    the memory of the host, and stay there."""
     ranks = solvers[0].ranks
+    offload = solvers[0].job.offload if device.type == "cpu" else None
     if ranks.world == 1:
-        return Division(Parts(len(tokens)).size)
+        return Division(Parts(len(tokens)).size, offload)
     stages = tuple(stage for solver in solvers for stage in solver.job.recipe)
     one_by_one = all(solver.job.in_order(graph.code) for solver in solvers)
-    return Divided(ranks, stages, graph, tokens, one_by_one)
+    return Divided(ranks, stages, graph, tokens, one_by_one, offload)
 
 
 def _start(solver: Solver, graph: ModuleGraph, check: Check) -> ModuleGraph:

@@ -194,6 +194,7 @@ def solve_in_order(
     waiting = {site.weight for site in graph.code.sites}
     for source, sites, open_to_all in stops(graph.code, values):
         waiting -= {site.weight for site in sites}
+        stats: Stats = {}  # lets go of the source before
         # the site of an output too, which is none of those that are solved here
         selected = frozenset(wire.rpartition(":")[0] for wire in open_to_all)
         graph = replace(graph, selected=selected, selected_wires=open_to_all)

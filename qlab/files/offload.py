@@ -1,5 +1,5 @@
 """The folder that a user names for what a run keeps beside its output: hidden states between
-blocks, and blocks that wait for a measurement of the whole model.
+blocks, sums of statistics, and blocks that wait for a measurement of the whole model.
 
 What is written there has the bytes that it has elsewhere, so nothing that a run makes depends on
 it. States of a run lie in a folder of its own, from which a killed run goes on.

@@ -21,6 +21,7 @@ DAMP_LIMIT = 1.0
 # (column [o], its place, out [o]) -> None: writes to `out` what the column becomes
 Project = Callable[[Tensor, int, Tensor], None]
 Begin = Callable[[Tensor, int], None]
+SPAN = 2048  # columns, about, whose errors reach those behind them in one product
 AT_ONCE = 1 << 24  # numbers of a weight whose rows are solved together; rows do not see each other
 
 
@@ -130,23 +131,37 @@ def obs_sweep(
     begin(A_bo, start) sees every block of columns before its first is projected, with the errors of
     all earlier blocks in it.
 
-    An error reaches the columns of its own block at once, and those behind it in one product per
-    block.
+    An error reaches the columns of its own block at once, those of its span in one product per
+    block, and those behind it in one product per span, which is wide enough to run at full speed.
     """
     W_ko = W_ok.T.contiguous()  # a column is a contiguous row here
     out_ko, E_ko = torch.empty_like(W_ko), torch.empty_like(W_ko)
     k, inner = len(W_ko), Substitution(min(block, len(W_ko)), W_ko)
-    for start in range(0, k, block):
-        stop = min(start + block, k)
-        A_bo = W_ko[start:stop].addmm(R_kk[:start, start:stop].T, E_ko[:start])
-        if begin is not None:
-            begin(A_bo, start)
-        w, out = W_ko[start:stop].unbind(), out_ko[start:stop].unbind()
-        for i, a_o, e_o in inner.solve(A_bo, R_kk[start:stop, start:stop].T):
-            project(a_o, start + i, out[i])
-            torch.sub(w[i], out[i], out=e_o)
-        E_ko[start:stop] = inner.e_bo[: stop - start]
+    for span, starts in spans(k, block):
+        first = span.start
+        A_so = W_ko[span].addmm(R_kk[:first, span].T, E_ko[:first])
+        for start in starts:
+            stop = min(start + block, span.stop)
+            A_bo = A_so[start - first : stop - first].addmm(
+                R_kk[first:start, start:stop].T, E_ko[first:start]
+            )
+            if begin is not None:
+                begin(A_bo, start)
+            w, out = W_ko[start:stop].unbind(), out_ko[start:stop].unbind()
+            for i, a_o, e_o in inner.solve(A_bo, R_kk[start:stop, start:stop].T):
+                project(a_o, start + i, out[i])
+                torch.sub(w[i], out[i], out=e_o)
+            E_ko[start:stop] = inner.e_bo[: stop - start]
     return out_ko.T
+
+
+def spans(k: int, block: int) -> Iterator[tuple[slice, range]]:
+    """Spans of columns, in order, and where their blocks start: of all columns, where these are
+    few."""
+    size = -(-SPAN // block) * block
+    for first in range(0, k, size):
+        stop = min(first + size, k)
+        yield slice(first, stop), range(first, stop, block)
 
 
 class Substitution:

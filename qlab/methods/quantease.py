@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from qlab.algebra.qtensor import QTensor, dense, steps
-from qlab.methods.obs import Substitution, parts
+from qlab.methods.obs import Substitution, parts, spans
 
 RIDGE = 1e-3  # pull of a scale towards its old value, as a fraction of its own curvature
 
@@ -31,8 +31,9 @@ def descend_codes(
     """One sweep: w'_j <- project(w'_j + (D H)_j / H_jj) for every column j in `order`, on the grid
     of q.
 
-    The gradient D H follows the codes: column by column inside a block of columns, and once per
-    block beyond it. support: bool [o, k], False where the codes of q stay as they are.
+    The gradient D H follows the codes: column by column inside a block of columns, once per block
+    inside a span of them, and once per span beyond it. support: bool [o, k], False where the codes
+    of q stay as they are.
     """
     in_order_kk = H_kk.index_select(0, order).index_select(1, order)
     return descend_in_order(W_ok, in_order_kk, q, order, block, support)
@@ -70,19 +71,33 @@ def _descended(
     hs = (H_kk.diagonal()[:, None] * s_ko).unbind()
     stays = None if fixed is None else fixed.T.index_select(0, order).unbind()
     inner, before_o = Substitution(min(block, len(order)), D_ko), torch.empty_like(D_ko[0])
-    for start in range(0, len(order), block):
-        at = slice(start, start + block)
-        G_bo = H_kk[at] @ D_ko  # H is symmetric: row j of H D^T is column j of D H
-        for i, g_o, moved_o in inner.solve(G_bo, -H_kk[at, at]):
-            j, code_o = start + i, codes[start + i]
-            before_o.copy_(code_o)
-            # w'_j + g / H_jj in units of codes
-            spec.nearest_(code_o.addcdiv_(g_o, hs[j]))
-            if stays is not None:
-                code_o.copy_(torch.where(stays[j], before_o, code_o))
-            torch.sub(code_o, before_o, out=moved_o).mul_(s[j])
-        D_ko[at] -= inner.e_bo[: len(G_bo)]
+    for span, starts in spans(len(order), block):
+        outside_so = _product_outside(H_kk, D_ko, span)
+        for start in starts:
+            at = slice(start, min(start + block, span.stop))
+            # H is symmetric: row j of H D^T is column j of D H
+            G_bo = H_kk[at, span] @ D_ko[span]
+            if outside_so is not None:
+                G_bo += outside_so[start - span.start : at.stop - span.start]
+            for i, g_o, moved_o in inner.solve(G_bo, -H_kk[at, at]):
+                j, code_o = start + i, codes[start + i]
+                before_o.copy_(code_o)
+                # w'_j + g / H_jj in units of codes
+                spec.nearest_(code_o.addcdiv_(g_o, hs[j]))
+                if stays is not None:
+                    code_o.copy_(torch.where(stays[j], before_o, code_o))
+                torch.sub(code_o, before_o, out=moved_o).mul_(s[j])
+            D_ko[at] -= inner.e_bo[: len(G_bo)]
     return codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype)
+
+
+def _product_outside(H_kk: Tensor, D_ko: Tensor, span: slice) -> Tensor | None:
+    """What rows outside a span add to the gradient in it, [s, o], while codes in the span change;
+    None where it has all rows."""
+    first, stop = span.start, span.stop
+    if stop - first == len(D_ko):
+        return None
+    return (H_kk[span, :first] @ D_ko[:first]).addmm_(H_kk[span, stop:], D_ko[stop:])
 
 
 def refit_scales(W_ok: Tensor, H_kk: Tensor, q: QTensor) -> QTensor:

@@ -57,41 +57,57 @@ def _flat(t: Tensor) -> tuple[Place, Tensor]:
     return place, laid.as_strided((laid.numel(),), (1,)).view(torch.uint8)
 
 
+class _Packing(pickle.Pickler):
+    """Pickles what is no tensor, and keeps the bytes of tensors beside it.
+
+    No class of one call: a class is in a cycle of references, in which the tensors would outlive
+    the call until Python looks for cycles.
+    """
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[Tensor] = []
+        self.known: dict[int, tuple[Tensor, tuple[int, Place]]] = {}  # each lives as long as this
+
+    def persistent_id(self, part: Any) -> Any:
+        if not isinstance(part, Tensor) or part.is_meta:
+            return None
+        if id(part) not in self.known:
+            place, flat = _flat(part)
+            self.known[id(part)] = (part, (len(self.tensors), place))
+            self.tensors.append(flat)
+        return self.known[id(part)][1]
+
+
+class _Unpacking(pickle.Unpickler):
+    """Reads what `_Packing` wrote. receive: gives a tensor where it is first met."""
+
+    def __init__(self, file: io.BytesIO, receive: Callable[[Place], Tensor]):
+        super().__init__(file)
+        self.receive = receive
+        self.tensors: list[Tensor] = []
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        number, place = pid
+        if number == len(self.tensors):
+            self.tensors.append(self.receive(place))
+        return self.tensors[number]
+
+
 def packed(value: Any) -> tuple[bytes, list[Tensor]]:
     """A value as bytes, and the bytes of its tensors. Refuses what no other process can hold."""
-    tensors: list[Tensor] = []
-    known: dict[int, tuple[Any, tuple[int, Place]]] = {}  # of what lives as long as this
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, part: Any) -> Any:
-            if not isinstance(part, Tensor) or part.is_meta:
-                return None
-            if id(part) not in known:
-                place, flat = _flat(part)
-                known[id(part)] = (part, (len(tensors), place))
-                tensors.append(flat)
-            return known[id(part)][1]
-
     file = io.BytesIO()
+    packing = _Packing(file)
     try:
-        Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+        packing.dump(value)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise QlabError(
             f"what a step made cannot be sent to other ranks ({first_line(error)}); make it of "
             "functions and classes of a module, or run it in one process"
         ) from error
-    return file.getvalue(), tensors
+    return file.getvalue(), packing.tensors
 
 
 def unpacked(data: bytes, receive: Callable[[Place], Tensor]) -> Any:
     """The value of `packed`. Tensors come in the order in which they are first met."""
-    tensors: list[Tensor] = []
-
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, pid: Any) -> Tensor:
-            number, place = pid
-            if number == len(tensors):
-                tensors.append(receive(place))
-            return tensors[number]
-
-    return Unpickler(io.BytesIO(data)).load()
+    return _Unpacking(io.BytesIO(data), receive).load()

@@ -1,18 +1,26 @@
 """What is kept beside the output lies in the folder that the user names, and changes no byte."""
 
 import errno
+import gc
 
 import pytest
+import torch
 from model_folders import contents, random_tokens, refused
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from qlab.algebra import stats
 from qlab.algebra.bind import bind
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import chain
+from qlab.driver import away, batches
+from qlab.driver.away import Away
+from qlab.driver.parts import MOST
 from qlab.driver.quantize import quantize
 from qlab.driver.rehearsal import rehearse
 from qlab.files import offload
 from qlab.files.carry import Carry
 from qlab.files.checkpoint import open_checkpoint
+from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.grid import weighted_mse
 from qlab.methods.rtn import rtn
@@ -63,6 +71,108 @@ def test_states_lie_where_they_are_offloaded_to_and_nothing_depends_on_it(job, w
     assert contents(plain) == contents(offloaded)
     assert len(written) == 3 and {folder.parent for folder in written} == {tmp_path / "new/states"}
     assert not list((tmp_path / "new" / "states").iterdir())
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Windows in batches of which a part has several, and the names of what goes away."""
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 8)
+    names, put = [], Away.__setitem__
+
+    def noting(away, key, value):
+        names.append(key[1])
+        put(away, key, value)
+
+    monkeypatch.setattr(Away, "__setitem__", noting)
+    return names
+
+
+@pytest.mark.parametrize(
+    "family, method, inputs",
+    [
+        ("llama", gptaq, "quantized"),
+        ("llama", gptq, "reference"),
+        ("qwen3_moe", gptq, "quantized"),
+    ],
+)
+def test_totals_are_offloaded_between_parts_and_nothing_depends_on_it(
+    family, method, inputs, saved, parts, tmp_path
+):
+    path = saved(family, num_hidden_layers=1)
+    model, data = open_checkpoint(path), random_tokens(path, 2 * MOST + 1, 8)
+    run = lambda name, **options: quantize(
+        model, method(SPEC), data, tmp_path / name, inputs=inputs, **options
+    )
+    plain = run("plain")
+    assert not parts
+    assert contents(run("away", offload=tmp_path / "off").path) == contents(plain.path)
+    assert sorted(set(parts)) == plain.plan.statistics and not list((tmp_path / "off").iterdir())
+
+
+@pytest.mark.parametrize(
+    "windows, offloaded, most",
+    [(MOST, False, 2), (2 * MOST + 1, False, 3), (2 * MOST + 1, True, 2)],
+)
+def test_sums_grow_in_place_and_one_less_is_in_memory_where_they_are_offloaded(
+    windows, offloaded, most, saved, parts, tmp_path, monkeypatch
+):
+    made, held = [], []
+
+    def noting(make):
+        def noted(*arguments):
+            matrix = make(*arguments)
+            made.append(StorageWeakRef(matrix.untyped_storage()))
+            held.append(sum(not one.expired() for one in made))
+            return matrix
+
+        return noted
+
+    monkeypatch.setattr(stats, "gram", noting(stats.gram))
+    monkeypatch.setattr(away, "_read", noting(away._read))
+    path = saved("llama", num_hidden_layers=1)
+    model, data = open_checkpoint(path), random_tokens(path, windows, 8)
+    gc.disable()  # what only a cycle holds is held
+    try:
+        quantize(model, gptq(SPEC), data, tmp_path / "out", offload=tmp_path if offloaded else None)
+    finally:
+        gc.enable()
+    assert max(held) == most
+
+
+def test_a_disk_that_is_full_of_statistics_is_said_and_the_run_goes_on(
+    saved, parts, tmp_path, monkeypatch
+):
+    path = saved("llama", num_hidden_layers=2)
+    model, off = open_checkpoint(path), tmp_path / "off"
+    data = random_tokens(path, MOST + 1, 8)
+    run = lambda name, **options: quantize(model, gptq(SPEC), data, tmp_path / name, **options)
+    plain, sent = run("plain").path, away.packed
+    written = []
+
+    def filling(value):
+        written.append(value)
+        if len(written) == 50:  # in the second block
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return sent(value)
+
+    monkeypatch.setattr(away, "packed", filling)
+    refused(lambda: run("out", offload=off), str(off), "No space left on device", "free some space")
+    assert contents(run("out", offload=off, resume=True).path) == contents(plain)
+    assert not list(off.glob("*.states"))
+
+
+def test_what_is_away_is_laid_out_as_it_was_and_a_file_that_was_cut_is_said(tmp_path):
+    values = Away(tmp_path)
+    t = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    values["turned"], values["other"] = (t.T, 3), t
+    assert torch.equal(values["turned"][0], t.T) and values["turned"][0].stride() == t.T.stride()
+    values["other"] = 2 * t
+    assert torch.equal(values["other"], 2 * t) and list(values) == ["turned", "other"]
+    (file,) = tmp_path.glob("*/1.bin")
+    file.write_bytes(b"")
+    refused(lambda: values["other"], str(file), "was cut")
+    del values["other"]
+    assert len(values) == 1 and not file.exists()
 
 
 def test_blocks_that_wait_for_a_measurement_are_offloaded_too(job, tmp_path, monkeypatch):

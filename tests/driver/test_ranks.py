@@ -1,6 +1,7 @@
 """Several ranks write the bytes that one process writes, and end with a sentence when one of them
 is gone, fails or sees something else."""
 
+import gc
 import os
 import signal
 
@@ -9,6 +10,7 @@ import torch
 from model_folders import contents, random_tokens
 from quick import QUICK
 from ranks import run_ranks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import qlab.files.atomic
 from qlab.algebra.spec import parse_spec
@@ -41,13 +43,14 @@ CASES = [
 LENGTH = 16  # tokens of a window, and of a batch
 
 
-def written(cases, folder):
-    """Every case's output, of windows that are a batch each."""
+def written(cases, folder, offload=None):
+    """Every case's output, of windows that are a batch each; gptq's are in parts of several."""
     batches.BATCH_TOKENS = LENGTH
     for source, name in cases:
-        data = random_tokens(source, samples=5, length=LENGTH)
+        samples = MOST + 1 if name == "gptq" else 5
+        data = random_tokens(source, samples=samples, length=LENGTH)
         recipe, out = METHODS[name](SPEC), folder / f"{source.name}-{name}"
-        quantize(open_checkpoint(source), recipe, data, out)
+        quantize(open_checkpoint(source), recipe, data, out, offload=offload)
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def by_windows(monkeypatch):
 
 
 def of_rank(rank, cases, folder):
-    written(cases, folder)
+    written(cases, folder, folder.with_name("away"))
 
 
 def test_one_two_and_three_ranks_write_the_same_bytes(saved, tmp_path, by_windows):
@@ -192,6 +195,21 @@ def test_values_arrive_laid_out_as_they_were():
     assert arrived["turned"].stride() == value["turned"].stride()
     assert arrived["repeated"].stride() == value["repeated"].stride()
     assert arrived["moment"].tokens == 3 and not arrived["moment"].sum_kk.is_contiguous()
+
+
+def sent_once():
+    """The memory of a value's tensor, and of the one that arrived."""
+    data, tensors = packed({"moment": Moment(torch.ones(3, 3, dtype=torch.float32), 1)})
+    arrived = unpacked(data, lambda place: place.of(tensors[0].clone()))["moment"].sum_kk
+    return [StorageWeakRef(tensor.untyped_storage()) for tensor in (tensors[0], arrived)]
+
+
+def test_nothing_that_was_sent_outlives_its_last_user():
+    gc.disable()  # it looks for cycles of references too seldom for matrices
+    try:
+        assert all(memory.expired() for memory in sent_once())
+    finally:
+        gc.enable()
 
 
 def test_what_no_other_process_can_hold_is_refused():

@@ -1,5 +1,7 @@
 """GPTQ: the textbook elimination, its invariances, and what it is for."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,7 @@ from qlab.algebra.spec import Int, Tile, parse_spec
 from qlab.algebra.stats import Moment, quadratic
 from qlab.algebra.transform import at
 from qlab.errors import QlabError
+from qlab.methods import obs
 from qlab.methods.gptq import act_order, gptq, gptq_codes, paper_order
 from qlab.methods.obs import factor_of, factorize, obs_sweep
 from qlab.methods.square import permuted_
@@ -73,11 +76,13 @@ def test_on_white_inputs_gptq_is_rtn(problem, c, order):
     assert torch.equal(solve(W, H, spec, order(H))[0], round_codes(W.double(), scales, zeros, spec))
 
 
-@given(plain, SEEDS, st.integers(1, 40))
-def test_the_block_size_changes_no_codes(problem, seed, block):
+@given(plain, SEEDS, st.integers(1, 40), st.integers(1, 40))
+def test_sizes_of_blocks_and_spans_change_no_codes(problem, seed, block, span):
     W, spec = problem
     H = second_moment(W.shape[1], seed)
-    assert torch.equal(solve(W, H, spec, block=block)[0], solve(W, H, spec, block=1 << 20)[0])
+    with patch.object(obs, "SPAN", span):
+        in_spans = solve(W, H, spec, block=block)[0]
+    assert torch.equal(in_spans, solve(W, H, spec, block=1 << 20)[0])
 
 
 @given(plain, SEEDS, st.integers(-8, 8), st.booleans())

@@ -75,6 +75,19 @@ def test_combining_is_associative_and_commutative(stat, source):
         close(reduce(stat.combine, order), reduce(stat.combine, [a, b, c]))
 
 
+@pytest.mark.parametrize("name", [name for name in STATS if STATS[name].into])
+@given(source=SOURCES)
+def test_combining_in_place_gives_the_same_bits(name, source):
+    stat, experts = STATS[name], per_expert(STATS[name])
+    parts = cut(observation(source[0] + 3, *source[1:]), 2)
+    a, b = map(stat.lift, parts)
+    close(stat.combine(a, b), stat.into(*map(stat.lift, parts)), tolerance=0)
+    # two experts, of which the second sees no token of the first part
+    of_parts = [(parts[0], [2, 2]), (parts[1], [1, len(parts[1].keys)])]
+    states = lambda: [experts.lift(replace(p, ends=torch.tensor(ends))) for p, ends in of_parts]
+    close(experts.combine(*states()).states, experts.into(*states()).states, tolerance=0)
+
+
 @laws
 @given(source=SOURCES)
 def test_transport_by_a_diagonal_is_observing_again(stat, source):

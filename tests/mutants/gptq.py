@@ -103,13 +103,33 @@ MUTANTS = [
         "last block not repaired",
         "methods/obs.py",
         "obs_sweep",
-        "W_ko[start:stop].addmm(R_kk[:start, start:stop].T, E_ko[:start])",
         """\
-W_ko[start:stop].addmm(
-    R_kk[:start, start:stop].T, E_ko[:start], beta=1, alpha=float(stop < k)
+A_so[start - first : stop - first].addmm(
+    R_kk[first:start, start:stop].T, E_ko[first:start]
+)
+""",
+        """\
+A_so[start - first : stop - first].addmm(
+    R_kk[first:start, start:stop].T, E_ko[first:start], beta=1, alpha=float(stop < k)
 )
 """,
         "gptq",
+    ),
+    Mutant(
+        "errors of the first span forgotten",
+        "methods/obs.py",
+        "obs_sweep",
+        "W_ko[span].addmm(R_kk[:first, span].T, E_ko[:first])",
+        "W_ko[span].clone()",
+        "gptq",
+    ),
+    Mutant(
+        "gradient of columns behind a span forgotten",
+        "methods/quantease.py",
+        "_product_outside",
+        "(H_kk[span, :first] @ D_ko[:first]).addmm_(H_kk[span, stop:], D_ko[stop:])",
+        "H_kk[span, :first] @ D_ko[:first]",
+        "quantease",
     ),
     Mutant(
         "errors of the repaired column",
