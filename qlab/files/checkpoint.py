@@ -33,6 +33,17 @@ __all__ = ["GGUF", "INDEX", "Checkpoint", "open_checkpoint"]
 
 GGUF = ".gguf"
 OTHERS = "configuration_files"  # a key of config.json
+# key of config.json -> the least that it may be
+SIZES = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 1,
+    "intermediate_size": 0,
+    "head_dim": 0,
+    "num_attention_heads": 0,
+    "num_key_value_heads": 0,
+}
+LARGEST_SIZE = 2**31
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +85,15 @@ class Checkpoint(Shown):
         from transformers import AutoConfig
 
         text = self.raw.get("text_config")
-        layers = {**self.raw, **(text if isinstance(text, dict) else {})}.get("num_hidden_layers")
+        said = {**self.raw, **(text if isinstance(text, dict) else {})}
+        for name, least in SIZES.items():
+            size_said = said.get(name)
+            if type(size_said) is int and not least <= size_said <= LARGEST_SIZE:
+                raise QlabError(
+                    f"{self.path / CONFIG} has {name} {size_said}, and it goes from {least} to "
+                    f"{LARGEST_SIZE:,}; correct it, or download the file again"
+                )
+        layers = said.get("num_hidden_layers")
         # The module would be built with all these layers, whatever that takes.
         if isinstance(layers, int) and self.stored and layers > len(self.stored):
             raise QlabError(

@@ -69,6 +69,7 @@ def open_config(path: Path) -> Checkpoint:
     bare = Checkpoint(path=where, raw=raw, stored={}, codec=None, quantized={}, reader=_zeros)
     dtype = _dtype(raw, file)
     model = on_paper(bare, dtype)
+    _refuse_empty(model, file)
     _refuse_experts(model, file)
     listed = _listed(bare, model, dtype, fp8.tile_of(said, fp8.BLOCK) if said else None)
     return with_codes(replace(bare, stored=_placed(where, listed)))
@@ -86,6 +87,14 @@ def _counts(raw: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield from _counts(value)
         elif type(value) is int and re.search(LAYERS, name):
             yield name, value
+
+
+def _refuse_empty(model: PreTrainedModel, file: Path) -> None:
+    """Refuse tensors without numbers."""
+    for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            shape = " x ".join(map(str, parameter.shape))
+            raise QlabError(f"{file} describes {name} of {shape} numbers; correct its sizes")
 
 
 def _refuse_experts(model: PreTrainedModel, file: Path) -> None:

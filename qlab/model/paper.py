@@ -20,7 +20,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from qlab.algebra.experts import experts_forward
 from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint
-from qlab.model.unbuilt import has_large_numbers, most_parameters, refuse_large_constants
+from qlab.model.unbuilt import (
+    has_large_numbers,
+    most_parameters,
+    refuse_large_constants,
+    refuse_large_parameters,
+)
 from qlab.process.surroundings import Floats, foreign, parameters_on_meta
 
 # the name under which transformers finds the forward of fused experts that traces on every device
@@ -37,7 +42,9 @@ def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         with foreign, _no_values(), Floats(dtype):
             if has_large_numbers(checkpoint):
                 with parameters_on_meta(most), torch.device("meta"):
-                    refuse_large_constants(checkpoint, _made(copy.deepcopy(config)))
+                    empty = _made(copy.deepcopy(config))
+                refuse_large_constants(checkpoint, empty)
+                refuse_large_parameters(checkpoint, empty)
             with parameters_on_meta(most):
                 model = _made(config).eval()
             run_experts_here(model)

@@ -9,6 +9,7 @@ from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import read_json
 from qlab.model.paper import maker_of
+from qlab.model.skeleton import Skeleton
 
 GENERATION = "generation_config.json"
 
@@ -24,6 +25,7 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     except QlabError:
         raise
     except Exception as error:  # whatever the model's own constructor raises
+        Skeleton(checkpoint, dtype)  # says which tensor is of another model
         raise QlabError(
             f"transformers cannot load {checkpoint.path} ({first_line(error)}); check its "
             "config.json and its files"

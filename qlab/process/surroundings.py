@@ -29,6 +29,7 @@ T = TypeVar("T")
 # the whole process. The lock is reentrant because tracing a model builds parts of it.
 foreign = threading.RLock()
 _local = threading.local()
+LARGE = 2**28  # bytes, more than what a model computes and holds as a buffer
 
 
 def undisturbed(function: Callable[P, T]) -> Callable[P, T]:
@@ -215,9 +216,23 @@ def parameters_on_meta(most: int) -> Iterator[None]:
     stay as they are. Tied modules get a parameter each. Refuses more than `most` of them."""
     _local.most, _local.left = most, most
     try:
-        yield
+        with _LargeOnMeta():
+            yield
     finally:
         _local.left = None
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Large tensors that are made without values take no memory from the beginning: a parameter
+    would be asked of the system whole before it is registered."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            without_memory = func(*args, **{**kwargs, "device": "meta"})
+            if without_memory.nbytes > LARGE:
+                return without_memory
+        return func(*args, **kwargs)
 
 
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
