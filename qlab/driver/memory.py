@@ -224,12 +224,11 @@ class _Block:
             if not learned:
                 continue
             hidden = self.weights[self.code.sites[0]][-1]
-            forward = self._activations(data, self.size) + self._scores(data)
             yield {
                 "learning": LEARNING_COPIES * FP32 * sum(learned),
                 "targets": min(KEPT, data.count * hidden * self.size),
                 "statistics": sum(self.moments_kk) if "second_moment" in stage.needs else 0,
-                "activations": BACKWARD * forward,
+                "activations": BACKWARD * (self._activations(data, self.size) + self._scores(data)),
             }
 
     @cached_property
@@ -273,8 +272,9 @@ class _Block:
 
     @property
     def codes(self) -> int:
-        """Bytes of the codes of all weights."""
-        return sum(shape.numel() for shape in self.weights.values())
+        """Bytes of the codes of all weights, and of the largest experts' before they are joined."""
+        experts = max((w.numel() for site, w in self.weights.items() if site.route), default=0)
+        return experts + sum(shape.numel() for shape in self.weights.values())
 
     @property
     def largest(self) -> int:

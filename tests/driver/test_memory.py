@@ -14,6 +14,7 @@ from qlab.driver.parts import MOST
 from qlab.driver.plan import plan
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.gptq import gptq
+from qlab.methods.rtn import rtn
 
 MiB = 1 << 20
 
@@ -86,6 +87,15 @@ def test_a_plan_knows_that_sums_of_many_batches_are_offloaded(tmp_path, monkeypa
     plain, away = (plan(model, gptq(INT4), data, offload=of) for of in (None, tmp_path / "off"))
     assert plain.memory["statistics"] == 3 * square  # the total, a part's sum, and a batch's
     assert square / 2 < plain.peak_bytes - away.peak_bytes <= square
+
+
+def test_a_plan_counts_the_codes_of_experts_before_they_are_joined(saved):
+    path = saved("qwen3_moe", num_experts=64, moe_intermediate_size=128)
+    planned = plan(open_checkpoint(path), rtn(INT4), None)
+    block = [row["shape"] for name, row in planned.sites.items() if ".layers.0." in name]
+    numbers = [torch.Size(shape).numel() for shape in block]
+    assert max(numbers) == 64 * 256 * 64  # of gate and up, fused
+    assert planned.memory["codes"] == sum(numbers) + max(numbers)
 
 
 def test_a_plan_counts_no_solver_for_the_end_of_rules(tmp_path):
