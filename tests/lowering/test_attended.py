@@ -16,7 +16,7 @@ from qlab.evaluation.perplexity import read
 from qlab.lowering.around.attended import OfHeads
 from qlab.model.running import head
 
-IDS = torch.arange(3, 27).reshape(2, 12)
+IDS = torch.arange(3, 27).reshape(2, 12)  # data have this form too: blocks are traced once
 WRITTEN = [
     ("llama", "fp8-tensor"),
     ("llama", "int4-g8"),
@@ -36,7 +36,7 @@ def written(saved, family, recipe, out):
     """A directory of 8-bit weights, with what a recipe puts on what attention reads."""
     folder = saved(family)
     steps = qlab.chain(qlab.rtn("int8-channel"), recipe)
-    qlab.quantize(folder, steps, random_tokens(folder, 2, 16), out)
+    qlab.quantize(folder, steps, random_tokens(folder, *IDS.shape), out)
     return out
 
 
@@ -137,7 +137,7 @@ def test_a_directory_whose_cache_alone_is_rounded_computes_the_same(family, save
 def test_what_a_recipe_makes_computes_what_evaluation_computes(family, recipe, saved):
     folder = saved(family)
     steps = qlab.chain(qlab.rtn("int8-channel"), recipe)
-    made = qlab.apply(qlab.open(folder), steps, random_tokens(folder, 2, 16))
+    made = qlab.apply(qlab.open(folder), steps, random_tokens(folder, *IDS.shape))
     check(lowered(made), computed(made))
 
 
