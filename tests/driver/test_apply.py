@@ -44,7 +44,7 @@ def figures(evaluation):
 def test_figures_of_the_value_are_those_of_the_directory(method, family, dtype, saved, tmp_path):
     source = saved(family, dtype)
     model, data = open_checkpoint(source), random_tokens(source)
-    windows = random_tokens(source, 3, 16, seed=1)
+    windows = random_tokens(source, seed=1)
     recipe = METHODS[method](INT4)
     value = apply(model, recipe, data)
     # of the formats, gptq's alone holds weights that are stored as [k, o]
@@ -68,7 +68,7 @@ def test_figures_of_the_value_are_those_of_the_directory(method, family, dtype, 
 def test_rounded_inputs_and_heads_have_the_figures_of_the_directory(recipe, tied, saved, tmp_path):
     source = saved("llama", torch.bfloat16, tie_word_embeddings=tied)
     model, data = open_checkpoint(source), random_tokens(source)
-    windows = random_tokens(source, 3, 16, seed=1)
+    windows = random_tokens(source, seed=1)
     written = quantize(model, recipe, data, tmp_path / "out")
     value = apply(model, recipe, data)
     assert figures(evaluate(value, model, windows)) == figures(evaluate(written, model, windows))
@@ -113,7 +113,7 @@ def test_the_value_gives_the_same_bits_each_time(saved):
 
 def test_what_no_format_holds_has_figures(saved, tmp_path):
     source = saved("llama")
-    model, windows = open_checkpoint(source), random_tokens(source, 2, 16)
+    model, windows = open_checkpoint(source), random_tokens(source)
     mask = each_weight("prune", prune, None)
     pruned = evaluate(apply(model, mask, None), model, windows)
     assert pruned.kl > 1e-4
@@ -185,10 +185,10 @@ def test_a_mask_a_low_rank_rounded_inputs_and_a_head_are_lowered(tied, saved):
 
 def test_logits_are_those_of_transformers(saved):
     source = saved("gemma2")
-    ids = random_tokens(source, 3, 16).ids
+    ids = random_tokens(source).ids
     expected = AutoModelForCausalLM.from_pretrained(source, dtype=FP32).eval()(ids).logits
     given = logits(open_checkpoint(source), ids)
-    assert given.dtype == FP32 and given.shape == (3, 16, 128)
+    assert given.dtype == FP32 and given.shape == (4, 32, 128)
     assert (given - expected).norm() <= 1e-5 * expected.norm()
     with pytest.raises(QlabError, match="outside the vocabulary"):
         logits(open_checkpoint(source), [[128]])
@@ -238,7 +238,7 @@ def test_what_the_format_does_not_hold_has_figures_and_is_refused_by_name_when_w
     family, recipe, named, saved, tmp_path
 ):
     source = saved(family)
-    model, windows = open_checkpoint(source), random_tokens(source, 2, 16)
+    model, windows = open_checkpoint(source), random_tokens(source)
     recipe = chain(at("*.up_proj", rtn(INT4)), recipe)
     value = apply(model, recipe, None)
     assert evaluate(value, model, windows).kl > 1e-4
@@ -249,7 +249,7 @@ def test_what_the_format_does_not_hold_has_figures_and_is_refused_by_name_when_w
 
 def test_an_insert_on_keys_is_evaluated_and_refused_by_name_when_lowered(saved):
     source = saved("llama")
-    model, windows = open_checkpoint(source), random_tokens(source, 2, 16)
+    model, windows = open_checkpoint(source), random_tokens(source)
     halved = insert("halve", "*self_attn:key", lambda wire, stats: lambda x: x / 2)
     value = apply(model, chain(halved, rtn(INT4)), None)
     assert evaluate(value, model, windows).kl > 1e-4

@@ -60,11 +60,11 @@ def measure(job, path, method: str, samples: int = 4, length: int = 128, memory=
 
 def test_memory_does_not_grow_with_depth(exact_job, tmp_path):
     models = {
-        blocks: llama(tmp_path / str(blocks) / "model", 512, 1536, blocks) for blocks in (2, 12)
+        blocks: llama(tmp_path / str(blocks) / "model", 512, 1536, blocks) for blocks in (2, 6)
     }
     peaks = [measure(exact_job, path, "gptq in attention")["peak"] for path in models.values()]
     block = 4 * (4 * 512 * 512 + 3 * 512 * 1536)
-    assert peaks[1] - peaks[0] < block, [peak // MiB for peak in peaks]  # for ten blocks more
+    assert peaks[1] - peaks[0] < block, [peak // MiB for peak in peaks]  # for four blocks more
 
 
 @pytest.mark.parametrize(
