@@ -172,6 +172,7 @@ def each_block(
     detail: str = "",
     visits: int = 0,
     leaves: str = "",
+    by_weight: bool = False,
 ) -> Transform:
     """A method from a function of one whole block: fn(block) -> leaves, or (leaves, notes).
 
@@ -190,6 +191,9 @@ def each_block(
         visits: how many windows fn runs forward and backward, for the estimate of time.
         leaves: what it puts that is neither a tensor nor codes, as of `qlab.each_cell`: no format
             holds such a leaf, so a plan refuses to write the recipe.
+        by_weight: whether fn makes each weight of its site alone and of gradients that
+            `qlab.algebra.learn` adds up. Several ranks may have some sites each then, where no
+            rank has room for the whole block.
 
     Returns:
         A transform of one stage. It needs calibration data.
@@ -241,7 +245,7 @@ def each_block(
             notes[site.path] = {**notes.get(site.path, {}), **errors, **note}
         return replace(graph.update(placed), notes=notes), stats
 
-    view = WholeBlock(visits, leaves)
+    view = WholeBlock(visits, leaves, by_weight)
     return (Stage(name, needs | {BLOCK_IO}, run, view, spec=spec, detail=detail),)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.experts import EXPERT_OPS
-from qlab.algebra.leaf import Structured, dense
+from qlab.algebra.leaf import Structured, dense, of_expert
 from qlab.algebra.qtensor import Params
 from qlab.algebra.tracing.taken_apart import Form, take_apart
 from qlab.errors import QlabError
@@ -288,7 +288,7 @@ class ModuleGraph:
         files hold it is cast to the dtype that the model holds it in."""
         leaf = self.params[name]
         if expert is not None:
-            leaf = _of_expert(leaf, expert)
+            leaf = of_expert(leaf, expert)
         as_in_files = (
             name in self.held and isinstance(leaf, Tensor) and leaf.dtype == self.stored_dtype(name)
         )
@@ -310,7 +310,7 @@ class ModuleGraph:
         leaf = self.params[site.weight or ""]
         if isinstance(leaf, Tensor):
             return self.weight_ok(site, expert)
-        return leaf if expert is None else _of_expert(leaf, expert)
+        return leaf if expert is None else of_expert(leaf, expert)
 
     def target_ok(self, site: Site, expert: int | None = None) -> Tensor:
         """What the site's weight is to be near to, in fp32 [..., o, k], or that of one expert.
@@ -331,10 +331,6 @@ class ModuleGraph:
         """Whether `weight_ok` is a view of the leaf, which is float32 already, and no copy."""
         leaf = self.params[site.weight] if site.weight else None
         return isinstance(leaf, Tensor) and leaf.dtype == torch.float32
-
-
-def _of_expert(leaf: Any, expert: int) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)
 
 
 def lone_weight(

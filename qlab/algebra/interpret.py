@@ -5,15 +5,16 @@ only what the inputs of some sites depend on, and a `Walk` stops at every source
 change behind it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from qlab.algebra.edges import as_read, edges_of, run_ops
 from qlab.algebra.experts import EXPERT_OPS, Rows, each_expert
@@ -27,7 +28,7 @@ from qlab.algebra.graph import (
     placed,
     tensors_of,
 )
-from qlab.algebra.leaf import dense
+from qlab.algebra.leaf import Fetched, dense
 from qlab.algebra.products import product_dtype
 from qlab.algebra.wires import Wire, wire_named, wires
 from qlab.errors import QlabError
@@ -87,30 +88,45 @@ class _Interpreter(fx.Interpreter):
     def _site(self, target: Any, args: tuple, kwargs: dict) -> Tensor:
         """The operation of a site."""
         x_at, w_at, b_at, layout = WEIGHT_OPS[target]
-        x = args[x_at]
         leaf = self.mg.running(args[w_at].path)
-        W, wide = dense(leaf, x.dtype), product_dtype(x)
-        if not isinstance(leaf, Tensor) and layout == "k o":
-            W = W.mT  # every leaf but a tensor is [o, k] in every layout
-        new = list(args)
-        new[x_at], new[w_at] = x.to(wide), W.to(wide)
-        if b_at is not None and len(args) > b_at and args[b_at] is not None:
-            new[b_at] = args[b_at].to(x.dtype).to(wide)
-        return super().call_function(target, *placed(tuple(new), kwargs, self.device)).to(x.dtype)
+        run_operation = super().call_function
+
+        def product(x: Tensor) -> Tensor:
+            W, wide = dense(leaf, x.dtype), product_dtype(x)
+            if not isinstance(leaf, Tensor) and layout == "k o":
+                W = W.mT  # every leaf but a tensor is [o, k] in every layout
+            new = list(args)
+            new[x_at], new[w_at] = x.to(wide), W.to(wide)
+            if b_at is not None and len(args) > b_at and args[b_at] is not None:
+                new[b_at] = args[b_at].to(x.dtype).to(wide)
+            return run_operation(target, *placed(tuple(new), kwargs, self.device)).to(x.dtype)
+
+        return _multiplied(leaf, product, args[x_at])
 
     def _each_expert(
         self, layout: str, x_sk: Tensor, weight: "_Weight", bias_eo: Tensor | None, ends: Tensor
     ) -> Tensor:
         """The site of fused experts, of which one is dense at a time."""
 
-        def product(e: int, x_nk: Tensor) -> Tensor:
-            leaf = self.mg.running(weight.path, e)
+        def product(e: int, leaf: Any, x_nk: Tensor) -> Tensor:
             W, wide = dense(leaf, x_nk.dtype), product_dtype(x_nk)
             W_ok = (W.mT if layout == "e k o" and isinstance(leaf, Tensor) else W).to(wide)
             bias_o = None if bias_eo is None else bias_eo[e].to(x_nk.dtype).to(wide)
             return F.linear(x_nk.to(wide), W_ok, bias_o).to(x_nk.dtype)
 
-        return each_expert(x_sk, ends, product)
+        def of_expert(e: int, x_nk: Tensor) -> Tensor:
+            leaf = self.mg.running(weight.path, e)
+            return _multiplied(leaf, partial(product, e, leaf), x_nk)
+
+        return each_expert(x_sk, ends, of_expert)
+
+
+def _multiplied(leaf: Any, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """product(x). With a leaf that is fetched it is computed once more on the way back, so that no
+    gradient waits for it with the weight in its hands."""
+    if isinstance(leaf, Fetched) and torch.is_grad_enabled():
+        return checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)
+    return product(x)
 
 
 class _Wide(_Interpreter):

@@ -34,6 +34,24 @@ class Structured(Protocol):
     def bits(self) -> float: ...
 
 
+class Fetched:
+    """A `Structured` weight that lies elsewhere, and is fetched whenever it is made dense. A
+    program multiplies with it and lets it go, and on the way back fetches it once more.
+
+    of_expert(e): one expert of it, as such a weight [o, k].
+    """
+
+    def of_expert(self, expert: int) -> Any:
+        raise NotImplementedError
+
+
+def of_expert(leaf: Any, expert: int) -> Any:
+    """One expert of a leaf [e, o, k]."""
+    if isinstance(leaf, Fetched):
+        return leaf.of_expert(expert)
+    return pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)
+
+
 def is_leaf(value: Any) -> bool:
     """Whether a program can hold this in the place of a weight."""
     if isinstance(value, Tensor):

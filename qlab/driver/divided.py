@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlab.algebra.block import SAMPLES
-from qlab.algebra.graph import ModuleGraph, Site
+from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.running import apply, keys_of, select
 from qlab.algebra.statistic import PerExpert
 from qlab.algebra.stats import Stats, name_of
@@ -25,6 +25,8 @@ from qlab.driver.observe import Division, Key, Totals, where
 from qlab.driver.owners import BY_EXPERT, expert_owner, read_by, site_owners, turns
 from qlab.driver.parts import Parts
 from qlab.driver.ranks import Ranks
+from qlab.driver.sharded import gathered, shape_of
+from qlab.driver.sharing import Sharing, learners
 from qlab.errors import QlabError
 
 
@@ -48,6 +50,7 @@ class Divided(Division):
         one_by_one: Whether its inputs are solved one after another, so that only sites of one input
             are solved at a time.
         offload: See `Division`.
+        is_sharded: Whether each rank has some rows of the weights alone.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class Divided(Division):
         tokens: Sequence[int],
         one_by_one: bool,
         offload: str | Path | None = None,
+        is_sharded: bool = False,
     ):
-        self.parts = Parts(len(tokens))
+        self.parts, self.is_sharded = Parts(len(tokens)), is_sharded
         super().__init__(self.parts.size, offload)
         self.ranks, self.stages, self.tokens = ranks, stages, tokens
-        self.owners = site_owners(_shapes(graph), ranks.world, one_by_one, _fused(stages))
+        shapes = {site: shape_of(graph, site) for site in graph.code.sites}
+        self.owners = site_owners(shapes, ranks.world, one_by_one, _fused(stages))
 
     # -------------------------------------------------------------- statistics
     def totals(self, graph: ModuleGraph, keys: set[Key], experts: slice | None = None) -> Totals:
@@ -127,7 +132,7 @@ class Divided(Division):
     def apply(self, stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         if stage.apply is unchanged or isinstance(stage.view, Uncovered):
             return apply(stage, graph, {})[0], stats
-        turns_of = turns(stage, graph, self.owners)
+        turns_of = self._turns(stage, graph)
         given = dict(stats)
         for at, selected in sorted(turns_of.items()):
             needed = keys_of(stage, replace(graph, selected=selected)) & given.keys()
@@ -141,17 +146,18 @@ class Divided(Division):
             graph = replace(after, selected=graph.selected)
         made: tuple[Any, Any, Any] | None = None
         kept: Mapping[Key, Any] = {}
-        samples = given.get(SAMPLES) if isinstance(stage.view, WholeBlock) else None
-        leading = None if samples is None else Leading(samples, self.ranks)
+        leading = self._leading(stage, graph, given)
         own = own if leading is None else {**own, SAMPLES: leading}
+        dense = gathered(graph, turns_of, self.ranks.rank)
         if self.ranks.rank in turns_of:
-            before = replace(graph, selected=turns_of[self.ranks.rank])
+            before = replace(dense, selected=turns_of[self.ranks.rank])
             after, kept = apply(stage, before, own)
             made = _made(before, after, own, kept)
             if leading is not None:
                 leading.done()
         elif leading is not None:
-            leading.follow(select(stage, graph))
+            leading.follow()
+        del dense
         for rank in sorted(turns_of):
             changes, moved, gone = self.ranks.told(made, by=rank)  # type: ignore[misc]
             graph = _changed(graph, changes)
@@ -163,6 +169,24 @@ class Divided(Division):
             for name in gone:
                 del given[named[name]]
         return graph, given
+
+    def _turns(self, stage: Stage, graph: ModuleGraph) -> dict[int, frozenset[str] | None]:
+        """Rank -> the sites that it runs a step on."""
+        if not (isinstance(stage.view, WholeBlock) and self.is_sharded):
+            return turns(stage, graph, self.owners)
+        sites = [site for site in select(stage, graph).sites if not site.router]
+        shapes = {site: shape_of(graph, site) for site in sites}
+        found = learners(shapes, self.ranks.world, _fused(self.stages))
+        return {rank: frozenset(site.path for site in own) for rank, own in found.items()}
+
+    def _leading(self, stage: Stage, graph: ModuleGraph, stats: Stats) -> Leading | Sharing | None:
+        """The samples of a step that sees the whole block, as ranks share them."""
+        if not isinstance(stage.view, WholeBlock) or SAMPLES not in stats:
+            return None
+        chosen, samples = select(stage, graph), stats[SAMPLES]
+        if self.is_sharded:
+            return Sharing(samples, self.ranks, chosen)
+        return Leading(samples, self.ranks, chosen)
 
 
 class _Totals(Totals):
@@ -262,15 +286,6 @@ class _Totals(Totals):
 
 
 # ------------------------------------------------------------------ who owns which site
-def _shapes(graph: ModuleGraph) -> dict[Site, tuple[int, ...]]:
-    """Site -> [..., o, k]."""
-    shapes: dict[Site, tuple[int, ...]] = {}
-    for site in graph.code.sites:
-        *experts, a, b = graph.params[site.weight or ""].shape
-        shapes[site] = (*experts, b, a) if site.layout.endswith("k o") else (*experts, a, b)
-    return shapes
-
-
 def _fused(stages: Transform) -> bool:
     return any(stage.spec is not None and stage.spec.outer for stage in stages)
 

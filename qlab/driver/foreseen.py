@@ -5,14 +5,16 @@ again. In memory are what passes between segments for its windows, one segment w
 of one window, and the logits of one window.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.utils import _pytree as pytree
 
 from qlab.algebra.bind import Bind, Foreseen, Outline
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.running import select
+from qlab.algebra.statistic import Stat
 from qlab.algebra.transform import Stage
 from qlab.driver.batches import in_batches
 from qlab.driver.job import Job
@@ -86,9 +88,9 @@ def around_bytes(skeleton: Skeleton, size: int) -> int:
     return size * sum(skeleton.checkpoint.shape_and_dtype(name)[0].numel() for name in names)
 
 
-def leaf_bytes(skeleton: Skeleton, path: str) -> int:
-    """The leaves of a block: in the dtype of the files, or in that of the activations where that
-    is wider, to which they are converted where they are used."""
+def leaf_bytes(skeleton: Skeleton, path: str, without: Sequence[str] = ()) -> int:
+    """The leaves of a block but for some: in the dtype of the files, or in that of the activations
+    where that is wider, to which they are converted where they are used."""
     widths = {
         name: max(
             skeleton.dtype.itemsize,
@@ -96,7 +98,15 @@ def leaf_bytes(skeleton: Skeleton, path: str) -> int:
         )
         for name, pieces in skeleton.names.block_names(path).items()
     }
-    return sum(p.numel() * widths[name] for name, p in skeleton.blocks[path].named_parameters())
+    parameters = skeleton.blocks[path].named_parameters()
+    return sum(p.numel() * widths[name] for name, p in parameters if name not in without)
+
+
+def state_bytes(stat: Stat, k: int) -> int:
+    """The bytes of a state of k channels."""
+    with torch.device("meta"):
+        state = stat.nothing(k)
+    return sum(t.nbytes for t in pytree.tree_leaves(state) if isinstance(t, torch.Tensor))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,7 @@ class BlockSamples:
         self.reference: Windows = streams[-1]
         self.targets: dict[int, Tensor] = {}
         self.kept = 0
+        self.left: dict[int, State] = {}  # what leaves the unquantized block, where it was asked
 
     @property
     def count(self) -> int:
@@ -81,9 +82,12 @@ class BlockSamples:
         """The states that leave the unquantized block in the unquantized model, of these windows.
         Targets that are kept are not computed again."""
         for i in windows:
+            if i in self.left:
+                yield self.left[i]
+                continue
             call, state = self.reference[i]
             kept = i in self.targets and len(state) == 1
-            yield (self.targets[i],) if kept else _leaving_states(self.graph, call, state)
+            yield (self.targets[i],) if kept else leaving_states(self.graph, call, state)
 
     def generator(self, name: str) -> torch.Generator:
         return generator(SEED, f"{self.graph.path}/{name}")
@@ -100,11 +104,13 @@ class Leading(BlockSamples):
 
     rank 0: learn --work, leaves, windows--> its windows, and those of others in their order
     others:                                  their windows           until there is no more work
+
+    segment: the block, with the sites of the step.
     """
 
-    def __init__(self, samples: BlockSamples, ranks: Ranks):
+    def __init__(self, samples: BlockSamples, ranks: Ranks, segment: ModuleGraph):
         vars(self).update(vars(samples))
-        self.ranks = ranks
+        self.ranks, self.segment = ranks, segment
 
     def each(
         self, work: OfWindows, block: Block, leaves: Mapping[str, Any], indices: Sequence[int]
@@ -124,9 +130,9 @@ class Leading(BlockSamples):
             if self.ranks.is_first:
                 yield found
 
-    def follow(self, segment: ModuleGraph) -> None:
-        """Do the work that rank 0 asks for. segment: the block, with the sites of the step."""
-        block = Block(segment=segment, samples=self, stats={})
+    def follow(self) -> None:
+        """Do the work that rank 0 asks for."""
+        block = Block(segment=self.segment, samples=self, stats={})
         while True:
             task = self.ranks.told(None)
             if task is None:
@@ -141,8 +147,9 @@ class Leading(BlockSamples):
 
 def _leaving(graph: ModuleGraph, batch: Batch) -> Tensor:
     """The hidden states that leave the segment."""
-    return _leaving_states(graph, *batch)[0]
+    return leaving_states(graph, *batch)[0]
 
 
-def _leaving_states(graph: ModuleGraph, call: Call, state: State) -> State:
+def leaving_states(graph: ModuleGraph, call: Call, state: State) -> State:
+    """The states that leave the segment of a window."""
     return call.leaving(state, outputs_of(graph, *call.inputs(state)))

@@ -7,19 +7,18 @@ from types import MappingProxyType
 
 import psutil
 import torch
-from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import Code, Site, by_source
-from qlab.algebra.statistic import Stat
 from qlab.algebra.transform import Stage
 from qlab.algebra.views import EverySegment, Gauged, Uncovered, WholeBlock, WholeModelBasis
 from qlab.data.calibration import Data
 from qlab.driver.batches import batch_tokens
-from qlab.driver.foreseen import FP32, Measured, Running, around_bytes, leaf_bytes
+from qlab.driver.foreseen import FP32, Measured, Running, around_bytes, state_bytes
 from qlab.driver.job import Job
 from qlab.driver.learning import KEPT
 from qlab.driver.parts import Parts
 from qlab.driver.scores import score_bytes
+from qlab.driver.shares import Moment, Shares
 from qlab.driver.sites import Sites
 from qlab.driver.solve import HELD
 from qlab.model.skeleton import Skeleton
@@ -33,7 +32,6 @@ LEARNING_COPIES = 9
 BESIDE = {"held_out": 2, "received": 1, "stream_drift": 1, "stream_held_out": 1}
 BESIDE |= {"drift_fitted": 1, "stream_fitted": 1}
 BACKWARD = 2  # times the activations of a forward pass: they are kept, and have gradients
-Moment = Mapping[str, int]  # what holds memory -> its bytes, at one moment of a run
 
 
 def predict_memory(
@@ -42,14 +40,17 @@ def predict_memory(
     sites: Sites,
     experts_at_once: int | None = None,
     measured: Measured = MappingProxyType({}),
+    sharded: int = 1,
+    process: int | None = None,
 ) -> dict[str, int]:
     """Bytes at the widest moment of a run, by what holds them.
 
     The moments are: copying the weights outside the blocks, entering the first block, observing,
     solving and leaving each block, and what binds measure. experts_at_once: of how many experts
-    statistics are held at a time (None: of all).
+    statistics are held at a time (None: of all). sharded: the ranks over which the weights of a
+    block are sharded. process: what the process takes before all this; None asks it.
     """
-    process = psutil.Process().memory_info().rss
+    process = psutil.Process().memory_info().rss if process is None else process
     moments = [_outside_the_blocks(skeleton, sites)]
     if any(isinstance(stage.view, EverySegment | WholeModelBasis) for stage in job.recipe):
         # as the files hold them, as they run, and as they are turned: first in parts, whose memory
@@ -68,9 +69,10 @@ def predict_memory(
             weights={site: sites.shapes[f"{path}.{site.path}"] for site in code.sites},
             size=skeleton.dtype.itemsize,
             experts_at_once=experts_at_once,
+            shares=Shares(job, skeleton, path, code, sharded),
         )
-        leaves = leaf_bytes(skeleton, path) * block.streams
-        moments += [{"block": leaves, **moment} for moment in block.moments()]
+        leaves = block.shares.held(block.streams)
+        moments += [{**leaves, **moment} for moment in block.moments()]
         moments += block.measuring(skeleton, len(sites.codes), measured)
     widest = max(moments, key=lambda moment: sum(moment.values()))
     return {"process": process, **widest}
@@ -97,13 +99,6 @@ def _entering(data: Data, skeleton: Skeleton) -> Moment:
     }
 
 
-def _state_bytes(stat: Stat, k: int) -> int:
-    """The bytes of a state of k channels."""
-    with torch.device("meta"):
-        state = stat.nothing(k)
-    return sum(t.nbytes for t in pytree.tree_leaves(state) if isinstance(t, torch.Tensor))
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Block:
     """A block while it is observed and solved, beside its leaves.
@@ -115,6 +110,7 @@ class _Block:
         weights: Site -> the shape [..., o, k] of its weight.
         size: Bytes of one number of the activations.
         experts_at_once: Of how many experts statistics are held at a time, or None: of all.
+        shares: What each of several ranks has of its weights.
     """
 
     job: Job
@@ -123,9 +119,11 @@ class _Block:
     weights: Mapping[Site, torch.Size]
     size: int
     experts_at_once: int | None
+    shares: Shares
 
     def moments(self) -> Iterator[Moment]:
         """What is held while the block is observed and left, and while it is solved."""
+        yield from self.shares.gathered()
         if self.job.observed is not None:
             yield from self._observing(self.job.observed)
             yield from self._learning(self.job.observed)
@@ -216,17 +214,19 @@ class _Block:
         for stage in self.job.recipe:
             if not isinstance(stage.view, WholeBlock):
                 continue
-            learned = [
-                shape.numel()
+            shapes = {
+                site: shape
                 for site, shape in self.weights.items()
                 if stage.touches(f"{self.path}.{site.path}", site) and not site.router
-            ]
-            if not learned:
+            }
+            if not shapes:
                 continue
             hidden = self.weights[self.code.sites[0]][-1]
+            targets = data.count * hidden * self.size
             yield {
-                "learning": LEARNING_COPIES * FP32 * sum(learned),
-                "targets": min(KEPT, data.count * hidden * self.size),
+                **self.shares.lent(),
+                "learning": LEARNING_COPIES * FP32 * self.shares.learned(shapes),
+                "targets": min(KEPT, targets) if self.shares.ranks == 1 else targets,
                 "statistics": sum(self.moments_kk) if "second_moment" in stage.needs else 0,
                 "activations": BACKWARD * (self._activations(data, self.size) + self._scores(data)),
             }
@@ -337,7 +337,7 @@ class _Block:
                 for need in stage.needs
                 if not isinstance(need, str)
             }
-            sizes.append(experts * sum(_state_bytes(need, k) for need in needs))
+            sizes.append(experts * sum(state_bytes(need, k) for need in needs))
         return sizes
 
     @property

@@ -3,6 +3,7 @@ and the statistics that it owns."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -51,14 +52,26 @@ def memory_of_rank(
     measured: Measured,
     ranks: int,
     experts_at_once: int | None,
+    is_sharded: bool = False,
+    process: int | None = None,
 ) -> dict[str, int]:
     """Bytes at the widest moment of the rank that needs most, by what holds them.
 
     Beside what one process holds for the windows of this rank (`predict_memory`) there are the sums
     over all windows of the inputs that it owns, and those of the gradients of a segment. Every rank
-    embeds all windows before the first block.
+    embeds all windows before the first block. is_sharded: whether each rank has some rows of a
+    block's weights. process: what the largest process takes before all this; None stands for this
+    one.
     """
-    alone = predict_memory(job, skeleton, sites, experts_at_once, measured)
+    predict = partial(
+        predict_memory,
+        skeleton=skeleton,
+        sites=sites,
+        experts_at_once=experts_at_once,
+        sharded=ranks if is_sharded else 1,
+        process=process,
+    )
+    alone = predict(job, measured=measured)
     if ranks == 1 or job.data is None:
         return alone
     own = replace(job, data=_Share(job.data, share_of(batches_of(job), ranks)))
@@ -67,7 +80,7 @@ def memory_of_rank(
         for place, of in measured.items()
         if of is not None and _is_divided(job.recipe[place])
     }
-    memory = predict_memory(own, skeleton, sites, experts_at_once, {**measured, **of_ranks})
+    memory = predict(own, measured={**measured, **of_ranks})
     if "learned" in memory and of_ranks:
         summed = max(of.summed for of in of_ranks.values())
         memory["sums of gradients"] = 2 * summed // len(sites.codes)

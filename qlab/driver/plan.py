@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -40,6 +41,7 @@ from qlab.driver.planned import Plan
 from qlab.driver.reach import check_scope, refuse_unread, specs_of, warn_of_crossed
 from qlab.driver.report import describe
 from qlab.driver.schedule import Row, rounds, schedule, warn_of_unseen
+from qlab.driver.sharded import can_be_sharded
 from qlab.driver.shared import refuse_dividing
 from qlab.driver.sites import Sites, sites_of
 from qlab.driver.tried import tried
@@ -126,19 +128,22 @@ def plan(
     return plan_of(job, skeleton, ranks)
 
 
-def plan_of(job: Job, skeleton: Skeleton | None = None, ranks: int = 1) -> Plan:
+def plan_of(
+    job: Job, skeleton: Skeleton | None = None, ranks: int = 1, process: int | None = None
+) -> Plan:
     """The plan of a job for so many ranks. skeleton: the model around its blocks, where one is
-    there."""
+    there. process: bytes of the largest process of them, so that all plan alike; None stands for
+    those of this one."""
     if not 1 <= ranks <= MOST_RANKS:
         raise QlabError(f"ranks is {ranks}; give the number of processes, from 1 to {MOST_RANKS}")
     _refuse_job(job)
     skeleton = skeleton or Skeleton(job.model, job.dtype or job.model.running_dtype, job.device)
     _refuse_model(job, skeleton)
-    refuse_choices(job, lambda choice: plan_of(choice, skeleton, ranks))
+    refuse_choices(job, lambda choice: plan_of(choice, skeleton, ranks, process))
     sites = sites_of(skeleton, job.recipe, job.data)
     specs = _checked_specs(job, skeleton, sites)
     measured = foreseen(job, sites)
-    experts_at_once, memory = _fitting(job, skeleton, sites, measured, ranks)
+    fitting = _fitting(job, skeleton, sites, measured, ranks, process)
     rows = schedule(job, sites, measured)
     warn_of_unseen(rows)
     warn_of_crossed(job.recipe, sites)
@@ -155,8 +160,9 @@ def plan_of(job: Job, skeleton: Skeleton | None = None, ranks: int = 1) -> Plan:
         passes=passes,
         tokens=job.observed.count if job.observed is not None else 0,
         statistics=job.statistics,
-        memory=memory,
-        experts_at_once=experts_at_once,
+        memory=fitting.memory,
+        experts_at_once=fitting.experts_at_once,
+        is_sharded=fitting.is_sharded,
         work=work if skeleton.device.type == "cpu" else None,
         ranks=ranks,
         expenses=(*of_blocks, *measuring(job, sites, measured, ranks, of_pass)),
@@ -234,21 +240,41 @@ def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec
     return specs
 
 
+class _Fitting(NamedTuple):
+    """The memory that is predicted, and what makes it so: of how many experts statistics are held
+    at a time, and whether each rank has some rows of a block's weights."""
+
+    memory: dict[str, int]
+    experts_at_once: int | None = None
+    is_sharded: bool = False
+
+
 def _fitting(
-    job: Job, skeleton: Skeleton, sites: Sites, measured: Measured, ranks: int
-) -> tuple[int | None, dict[str, int]]:
-    """Of how many experts statistics are held at a time, and the memory that is predicted then:
-    the experts are halved until the memory fits or one is left."""
+    job: Job,
+    skeleton: Skeleton,
+    sites: Sites,
+    measured: Measured,
+    ranks: int,
+    process: int | None,
+) -> _Fitting:
+    """The first of these that fits: all experts at once; ever fewer of them; a block that is
+    sharded. The last of them where that takes less."""
     experts = 0
     if all(map(job.source_by_source, sites.codes.values())):
         fused = [sites.shapes[name][0] for name, site in sites.sites.items() if site.route]
         experts = max(fused, default=0)
-    predict = partial(memory_of_rank, job, skeleton, sites, measured, ranks)
-    at_once, memory = None, predict(None)
+    predict = partial(memory_of_rank, job, skeleton, sites, measured, ranks, process=process)
+    at_once, memory = None, predict(experts_at_once=None)
     while job.memory is not None and sum(memory.values()) > job.memory and experts > 1:
         experts = at_once = -(-experts // 2)
-        memory = predict(at_once)
-    return at_once, memory
+        memory = predict(experts_at_once=at_once)
+    whole = _Fitting(memory, at_once)
+    if job.memory is None or sum(memory.values()) <= job.memory or ranks == 1:
+        return whole
+    if not all(can_be_sharded(job, code) for code in sites.codes.values()):
+        return whole
+    sharded = _Fitting(predict(experts_at_once=None, is_sharded=True), is_sharded=True)
+    return min(whole, sharded, key=lambda fitting: sum(fitting.memory.values()))
 
 
 def _passes(job: Job, sites: Sites, rows: Sequence[Row]) -> int:

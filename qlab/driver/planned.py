@@ -33,6 +33,8 @@ class Plan(Shown):
         memory: What takes memory -> the predicted bytes; of several ranks those of the one that
             needs most.
         experts_at_once: The number of experts whose statistics are held at a time; None for all.
+        is_sharded: Whether each of several ranks has some rows of a block's weights alone, since it
+            has no room for the whole block.
         work: The operations of the run, from which `seconds` estimates a time; None on a GPU.
         ranks: The processes that share the run.
         expenses: What each stage of the run costs on any device, in the order of a block.
@@ -49,6 +51,7 @@ class Plan(Shown):
     statistics: Sequence[str]
     memory: Mapping[str, int]
     experts_at_once: int | None = None
+    is_sharded: bool = False
     work: Work | None = None
     ranks: int = 1
     expenses: Sequence[Expense] = ()
@@ -139,6 +142,7 @@ class Plan(Shown):
             "statistics": list(self.statistics),
             "memory": dict(self.memory),
             "experts_at_once": self.experts_at_once,
+            "is_sharded": self.is_sharded,
             "ranks": self.ranks,
             "expenses": [expense.json() for expense in self.expenses],
             "traffic_per_block": self.traffic,
@@ -172,6 +176,8 @@ class Plan(Shown):
         )
         if self.experts_at_once:
             yield f"statistics of {self.experts_at_once} experts at a time"
+        if self.is_sharded:
+            yield f"the weights of each block are sharded over {self.ranks} ranks"
         parts = ", ".join(f"{name} {size / MiB:.0f}" for name, size in self.memory.items())
         yield f"predicted peak memory: {self.peak_bytes / MiB:.0f} MiB{self._each} ({parts})"
         yield f"estimated time: {self._time}"

@@ -10,16 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from qlab.errors import QlabError, ToldElsewhere, first_line
 from qlab.process.ranks import is_joined, local_device, refuse_failed, started_together
 from qlab.process.sendable import Place, packed, unpacked
+from qlab.process.shards import Shard, mesh_of
 from qlab.process.watched import NOTICE, Lost, Watched, ended_by, watching
 
 PATIENCE = timedelta(days=7)  # ranks wait while another solves; one that is gone is noticed at once
@@ -45,6 +48,23 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is rank 0, which alone writes files."""
         return self.rank == 0
+
+    def shard(self, t: Tensor) -> Shard:
+        """The rows of this rank of a tensor that all ranks have now."""
+        return Shard(t, self._mesh)
+
+    def gathered(self, shard: Shard) -> Tensor:
+        """All rows of such a tensor, as all ranks ask for them."""
+        # a rank that failed has left this group; shards hold theirs for as long as they live
+        dist.barrier(group=self._control)
+        self.sent_bytes += shard.sent_bytes
+        return shard.gathered()
+
+    @cached_property
+    def _mesh(self) -> DeviceMesh:
+        device = self.device or torch.device("cpu")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        return mesh_of(dist.new_group(backend=backend, timeout=PATIENCE), device)
 
     def told(self, value: T, by: int = 0) -> T:
         """The value of rank `by`, on every rank."""

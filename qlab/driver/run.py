@@ -69,6 +69,7 @@ class Run:
             job=self.job.remaining,
             ranks=self.ranks,
             experts_at_once=self.plan.experts_at_once,
+            is_sharded=self.plan.is_sharded,
         )
 
     @property

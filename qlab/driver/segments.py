@@ -30,6 +30,7 @@ from qlab.driver.observe import (
 )
 from qlab.driver.parts import Parts, collected
 from qlab.driver.ranks import Ranks
+from qlab.driver.sharded import Sharded, laid, with_held
 from qlab.driver.shelved import Shelved
 from qlab.driver.solve import Check, solve, solve_beside, solve_in_order, unchecked
 from qlab.driver.states import flat
@@ -43,13 +44,14 @@ from qlab.model.skeleton import Skeleton
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """A job while its blocks are solved. ranks: those that solve them together. experts_at_once: as
-    of its plan. checked: the programs of which the claims of the job's stages were checked on a
-    block. later: stages behind the job's, for whom targets are kept."""
+    """A job while its blocks are solved. ranks: those that solve them together. experts_at_once,
+    is_sharded: as of its plan. checked: the programs of which the claims of the job's stages were
+    checked on a block. later: stages behind the job's, for whom targets are kept."""
 
     job: Job
     ranks: Ranks
     experts_at_once: int | None = None
+    is_sharded: bool = False
     later: Transform = ()
     checked: set[Code] = field(default_factory=set)
 
@@ -109,7 +111,7 @@ def solved_by_each(
     """
     batches, first = streams[0], solvers[0].job
     path = list(skeleton.blocks)[index]
-    graph = solved = load_block(skeleton, path, call, decoded=True)
+    graph = solved = _loaded(skeleton, path, call, solvers)
     if any(solver.job.observed is not None for solver in solvers):
         _refuse_overflow(skeleton, graph)
     reference = Reference(graph, streams[1]) if streams[1:] else None
@@ -148,6 +150,15 @@ def solved_by_each(
     ranks.told(None)  # the others read what rank 0 has written
 
 
+def _loaded(skeleton: Skeleton, path: str, call: Call, solvers: Sequence[Solver]) -> ModuleGraph:
+    """The block as the files hold it, of which each rank has some rows where it is sharded."""
+    first = solvers[0]
+    if not first.is_sharded:
+        return load_block(skeleton, path, call, decoded=True)
+    shards = laid(skeleton.programs.code(path, call), first.job.recipe, path, first.ranks)
+    return with_held(load_block(skeleton, path, call, decoded=True, laid=shards))
+
+
 def _write(carry: Carry, tensors: Iterator[Tensor], ranks: Ranks) -> None:
     """Write the states that leave a block on rank 0; the others give it theirs."""
     if ranks.is_first:
@@ -167,7 +178,8 @@ def _division(
         return Division(Parts(len(tokens)).size, offload)
     stages = tuple(stage for solver in solvers for stage in solver.job.recipe)
     one_by_one = all(solver.job.in_order(graph.code) for solver in solvers)
-    return Divided(ranks, stages, graph, tokens, one_by_one, offload)
+    is_sharded = solvers[0].is_sharded
+    return Divided(ranks, stages, graph, tokens, one_by_one, offload, is_sharded)
 
 
 def _start(solver: Solver, graph: ModuleGraph, check: Check) -> ModuleGraph:
@@ -232,4 +244,6 @@ def _refuse_overflow(skeleton: Skeleton, graph: ModuleGraph) -> None:
     """Refuse leaves with numbers that the dtype in which they run does not have."""
     for name, dtype in graph.held.items():
         where = f"{skeleton.checkpoint.path}: {graph.path}.{name}"
-        refuse_overflow(where, dense(graph.params[name]), dtype)
+        leaf = graph.params[name]
+        for part in leaf.matrices() if isinstance(leaf, Sharded) else (dense(leaf),):
+            refuse_overflow(where, part, dtype)

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from qlab.algebra.compiled import expect
@@ -196,7 +197,8 @@ def _written(
     first = next(iter(jobs.values()))
     with PeakMemory() as planning:
         skeleton = Skeleton(first.model, first.dtype or first.model.running_dtype, first.device)
-        plans = {name: plan_of(job, skeleton, ranks.world) for name, job in jobs.items()}
+        process = max(ranks.all_told(psutil.Process().memory_info().rss))
+        plans = {name: plan_of(job, skeleton, ranks.world, process) for name, job in jobs.items()}
     for planned in plans.values():
         planned.check(first.memory)
     seconds_of_planning = time.perf_counter() - started

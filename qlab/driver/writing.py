@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph, Op
+from qlab.algebra.leaf import Fetched
 from qlab.algebra.online import matrix_of
 from qlab.algebra.qtensor import Leaf, QTensor
 from qlab.algebra.wires import full_name
@@ -174,11 +175,12 @@ def _finite(name: str, leaf: Tensor) -> Tensor:
 def originals(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Tensor]:
     """The weights [o, k] of a block before any step, by their names in the files. Weights that the
     files hold as codes are left out: they were dequantized to another dtype than a certificate is
-    computed in."""
+    computed in. So are those of which this process has some rows."""
     weights: dict[str, Tensor] = {}
     for name, pieces in skeleton.names.block_names(graph.path).items():
-        for piece in pieces:
-            part = piece.of(graph.params[name])
+        leaf = graph.params[name]
+        for piece in pieces if not isinstance(leaf, Fetched) else ():
+            part = piece.of(leaf)
             if isinstance(part, Tensor) and piece.module not in skeleton.checkpoint.quantized:
                 weights[piece.name] = part
     return weights

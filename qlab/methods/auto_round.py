@@ -286,7 +286,7 @@ def auto_round(
         return _learned(block, starts_nearest(block, spec, grid), schedule, lr)
 
     detail = f"grid {grid.name}, {_detail(schedule, lr)}"
-    stages = each_block("auto_round", fn, grid.needs, spec, detail, steps * windows)
+    stages = each_block("auto_round", fn, grid.needs, spec, detail, steps * windows, by_weight=True)
     return costing(stages, Operations())  # beside the passes of its windows
 
 
@@ -324,5 +324,6 @@ def auto_round_refine(steps: int = 50, windows: int = 8, lr: float | None = 0.00
         return _learned(block, starts_refining(block), schedule, lr)
 
     detail = _detail(schedule, lr)
-    stages = each_block("auto_round_refine", fn, detail=detail, visits=steps * windows)
+    visits = steps * windows
+    stages = each_block("auto_round_refine", fn, detail=detail, visits=visits, by_weight=True)
     return costing(stages, Operations())  # beside the passes of its windows

@@ -2,7 +2,10 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,7 +32,24 @@ def load_leaf(skeleton: Skeleton, name: str) -> Leaf:
 def load_original(skeleton: Skeleton, name: str) -> Tensor:
     """The leaf of a parameter as if it had never been quantized: dequantized, or with the bits of
     the files where they hold it dense."""
-    pieces, checkpoint = skeleton.names.pieces(name), skeleton.checkpoint
+    return _original(skeleton, skeleton.names.pieces(name))
+
+
+def load_matrices(skeleton: Skeleton, name: str) -> Iterator[Tensor]:
+    """`load_original` of a weight, which is one matrix, or the matrix of one expert after the
+    other. Where the files hold experts apart, one is in memory at a time."""
+    pieces = skeleton.names.pieces(name)
+    if pieces[0].expert is None:
+        whole = _original(skeleton, pieces)
+        yield from whole if whole.ndim > 2 else (whole,)
+        return
+    for _, of_expert in itertools.groupby(pieces, lambda piece: piece.expert):
+        yield _original(skeleton, [replace(piece, expert=0) for piece in of_expert])[0]
+
+
+def _original(skeleton: Skeleton, pieces: Sequence[Piece]) -> Tensor:
+    """The leaf of which these are the pieces, as `load_original` gives it."""
+    checkpoint = skeleton.checkpoint
     dtypes = [
         skeleton.dtype
         if checkpoint.is_coded(piece.name)
@@ -47,15 +67,22 @@ def load_original(skeleton: Skeleton, name: str) -> Tensor:
     return whole
 
 
-def load_block(skeleton: Skeleton, path: str, call: Call, decoded: bool = False) -> ModuleGraph:
+def load_block(
+    skeleton: Skeleton,
+    path: str,
+    call: Call,
+    decoded: bool = False,
+    laid: Mapping[str, Callable[[Iterator[Tensor]], Any]] = MappingProxyType({}),
+) -> ModuleGraph:
     """The block as a value, with its leaves loaded from the files onto the skeleton's device.
 
     decoded: as if it had never been quantized. All leaves are dense, with the bits of the files,
-    and nothing is rounded at run time.
+    and nothing is rounded at run time. laid: leaf -> what makes it of its matrices
+    (`load_matrices`), for those that are no plain tensors here.
     """
     code = skeleton.programs.code(path, call)
     _refuse_rounded_inputs(skeleton, path, code)
-    leaves = _leaves(skeleton, path, code, decoded)
+    leaves = _leaves(skeleton, path, code, decoded, laid)
     online: dict[str, tuple[Op, ...]] = {}
     online_outputs: dict[str, tuple[Op, ...]] = {}
     for site in () if decoded else code.sites:
@@ -63,7 +90,7 @@ def load_block(skeleton: Skeleton, path: str, call: Call, decoded: bool = False)
         behind = at_output(skeleton, f"{path}.{site.path}")
         online |= {site.path: before} if before else {}
         online_outputs |= {site.path: behind} if behind else {}
-    dtypes = {name: leaf.dtype for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    dtypes = {name: leaf.dtype for name, leaf in leaves.items() if not isinstance(leaf, QTensor)}
     computed = {name: dtype_in(skeleton.model, f"{path}.{name}") for name in dtypes}
     common = skeleton.checkpoint.dtype  # in which leaves are written that were codes
     dequantized = _quantized(skeleton, path)
@@ -84,13 +111,23 @@ def load_block(skeleton: Skeleton, path: str, call: Call, decoded: bool = False)
     )
 
 
-def _leaves(skeleton: Skeleton, path: str, code: Code, decoded: bool) -> dict[str, Leaf]:
+def _leaves(
+    skeleton: Skeleton,
+    path: str,
+    code: Code,
+    decoded: bool,
+    laid: Mapping[str, Callable[[Iterator[Tensor]], Any]],
+) -> dict[str, Any]:
     """The leaves of a block's parameters and buffers, on the skeleton's device."""
     pieces = skeleton.names.block_names(path)
     checkpoint = skeleton.checkpoint
     in_file_order = sorted(pieces, key=lambda name: checkpoint.place(pieces[name][0].name))
-    loaded: dict[str, Leaf] = {}
+    loaded: dict[str, Any] = {}
     for name in in_file_order:  # so that the files are hashed as they are read
+        if name in laid:
+            matrices = load_matrices(skeleton, f"{path}.{name}")
+            loaded[name] = laid[name](t.to(skeleton.device) for t in matrices)
+            continue
         load = load_original if decoded or name in code.unread else load_leaf
         leaf = load(skeleton, f"{path}.{name}")
         loaded[name] = pytree.tree_map_only(Tensor, lambda t: t.to(skeleton.device), leaf)
