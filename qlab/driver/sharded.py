@@ -59,10 +59,15 @@ class Sharded(Fetched):
     def gathered(self, keep: bool = True) -> Tensor | None:
         """The weight in the layout of its program, as all ranks ask for it; None where it is not
         kept."""
-        kept = [W for W in self.matrices() if keep]
-        if not kept:
-            return None
-        return torch.stack(kept) if len(self.shape) > 2 else kept[0]
+        whole = None
+        for e, W in enumerate(self.matrices()):  # also what is not kept: others ask for it
+            if not keep:
+                continue
+            if len(self.shape) == 2:
+                return W
+            whole = W.new_empty(len(self.shards), *W.shape) if whole is None else whole
+            whole[e] = W
+        return whole
 
     def matrices(self) -> Iterator[Tensor]:
         """One matrix after the other, in the layout of the program."""
