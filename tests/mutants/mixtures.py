@@ -48,8 +48,8 @@ MUTANTS = [
     ),
     Mutant(
         "mixture: every expert reads the first",
-        "algebra/graph.py",
-        "_of_expert",
+        "algebra/leaf.py",
+        "of_expert",
         "pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)",
         "pytree.tree_map_only(Tensor, lambda t: t[0], leaf)",
         "graph",
