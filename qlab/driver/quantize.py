@@ -53,7 +53,8 @@ def quantize(
             all of its numbers. Statistics and solvers use float32.
         device: Where blocks are run and solved, such as "cpu" or "cuda".
         memory: A bound on the process's memory in bytes. As many experts are observed at a time as
-            fit, and a run whose predicted peak is above it is refused. None sets no bound.
+            fit, several ranks shard a block that does not fit, and a run whose predicted peak is
+            above it is refused. None sets no bound.
         overwrite: Whether an output that qlab wrote, and nobody changed since, may be replaced.
         resume: Whether to go on with a killed run of the same job. A stage of your own is the same
             one where its name, spec and `detail` are.

@@ -146,7 +146,8 @@ def _shard(site: Site, ranks: Ranks, matrices: Iterator[Tensor]) -> Sharded:
         shards.append(ranks.shard(W))
         del W
     turned = site.layout.endswith("k o")
-    o, k = reversed(shape) if turned else shape
+    a, b = shape
+    o, k = (b, a) if turned else (a, b)
     experts = (len(shards),) if site.layout.startswith("e") else ()
     return Sharded(
         ranks=ranks,

@@ -85,7 +85,7 @@ def by_windows(monkeypatch):
 CASES = {
     2: [("llama", {}, "refine"), ("qwen3_moe", {"num_hidden_layers": 1}, "auto_round")],
     3: [
-        ("llama", {"num_hidden_layers": 1, "dtype": torch.bfloat16}, "one"),
+        ("llama", {"num_hidden_layers": 1}, "one"),
         ("gpt2", {"n_layer": 1, "dtype": torch.float16}, "auto_round"),
     ],
 }
