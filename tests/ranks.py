@@ -4,13 +4,16 @@ everything already."""
 import os
 import pickle
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ports import free_port
 
+LENGTH = 16  # tokens of a window, and of a batch, that blocks are traced for before
 LOADED = [
     "pytest",
     "qlab.cli",
@@ -20,6 +23,7 @@ LOADED = [
     "torch.distributed",
     "torch.export._trace",  # what is imported at the first export
     "transformers.models.llama.modeling_llama",
+    "traced",
 ]
 
 
@@ -32,6 +36,9 @@ def run_ranks(folder, world, work, *arguments, joins=True):
     port = free_port()
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(LOADED)
+    with pytest.MonkeyPatch.context() as patch:  # where it finds what it is to import
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     processes = [
         context.Process(target=_rank, args=(rank, world, port, folder, joins, work, arguments))
         for rank in range(world)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from model_folders import contents, random_tokens
-from ranks import run_ranks
+from ranks import LENGTH, run_ranks
 
 import qlab
 from qlab.algebra.bind import Foreseen
@@ -26,7 +26,6 @@ from qlab.methods.rtn import rtn
 from qlab.methods.spinquant import spinquant
 
 INT4 = parse_spec("int4-g16")
-LENGTH = 16  # tokens of a window, and of a batch
 RECIPES = {
     "kl_tune": lambda: chain(rtn(INT4), kl_tune(steps=2, windows=3)),
     "qat_end_to_end": lambda: chain(rtn(INT4), qat_end_to_end(steps=1, windows=1)),
@@ -116,7 +115,7 @@ def measured(rank, source):
         return 0
 
     recipe = chain(qlab.bind("mine", measure, lambda value: keep(), divided=True), rtn(INT4))
-    data = random_tokens(source, samples=WINDOWS, length=8)
+    data = random_tokens(source, samples=WINDOWS, length=LENGTH)
     with together("cpu") as ranks:
         assert resolved(Job(model=open_checkpoint(source), recipe=recipe, data=data), ranks)
     return values[0]
@@ -144,7 +143,7 @@ def test_a_pass_computes_the_same_bits_on_three_ranks(saved, tmp_path):
 def refusals(rank, source, out):
     """What is said of binds that ranks cannot divide."""
     said = []
-    data = random_tokens(source, samples=3, length=8)
+    data = random_tokens(source, samples=3, length=LENGTH)
     for measure in (of_own_windows, other_tensors):
         recipe = qlab.bind("mine", measure, lambda value: rtn(INT4), divided=True)
         try:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from model_folders import contents, random_tokens
 from quick import QUICK
-from ranks import run_ranks
+from ranks import LENGTH, run_ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import qlab.files.atomic
@@ -40,7 +40,6 @@ CASES = [
     *[("llama", name) for name in ("gptaq", "nvfp4", "auto_round")],
     ("qwen3_moe", "gptq"),
 ]
-LENGTH = 16  # tokens of a window, and of a batch
 
 
 def written(cases, folder, offload=None):

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch.distributed as dist
 from model_folders import random_tokens
-from ranks import run_ranks
+from ranks import LENGTH, run_ranks
 
 import qlab.driver.ranks
 from qlab.algebra.spec import parse_spec
@@ -19,7 +19,7 @@ from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 from qlab.process.sendable import packed
 
-LENGTH, SAMPLES = 16, 5
+SAMPLES = 5
 WORDS = 4096  # bytes of a message at most that are no numbers: names, shapes, notes of one step
 INT4 = parse_spec("int4-g16")
 RECIPES = {
