@@ -228,7 +228,7 @@ def _solve_rows(
     support = None if returned.support is given.support else _copy(returned.support)
     same = returned.leaf is given.leaf and not step.of_arrays
     # The step may have written to what it was given, so the graph's own is measured against.
-    del given, returned
+    del codes, given, returned
     true = _cell(step, graph, site, expert)
     if support is not None:
         refuse_support(true, support)
