@@ -190,12 +190,12 @@ class _Block:
 
     def _solving(self) -> Iterator[Moment]:
         moved = 0
-        for stage in self.job.recipe:
-            if isinstance(stage.view, Uncovered):  # solves nothing
-                continue
+        solvers = [stage for stage in self.job.recipe if not isinstance(stage.view, Uncovered)]
+        for stage in solvers:
             if isinstance(stage.view, Gauged):  # weights stay in fp32 until they are rounded
                 moved += FP32 * self._turned_by(stage)
-            solving = FP32 * self._copied(stage) + stage.workspace * self.square
+            matrices = stage.workspace if stage.needs else 0
+            solving = FP32 * self._copied(stage) + matrices * self.square
             yield {
                 "moved weights": moved,
                 "codes": self.codes if stage.spec is not None else 0,

@@ -98,12 +98,19 @@ def test_a_plan_counts_the_codes_of_experts_before_they_are_joined(saved):
     assert planned.memory["codes"] == sum(numbers) + max(numbers)
 
 
-def test_a_plan_counts_no_solver_for_the_end_of_rules(tmp_path):
+def test_a_plan_counts_no_matrix_for_steps_that_read_none(tmp_path):
     model = open_checkpoint(llama(tmp_path / "model", 64, 4096, 1))
     data = from_ids(model, torch.zeros(2, 16, dtype=torch.long))
-    recipes = gptq(INT4), rules({"*": gptq(INT4)})
-    one, other = (plan(model, recipe, data).memory for recipe in recipes)
-    assert {**one, "process": 0} == {**other, "process": 0}
+    one, *others = (
+        plan(model, recipe, data).memory
+        for recipe in (
+            gptq(INT4),
+            rules({"*": gptq(INT4)}),
+            rules({"*gate_proj": rtn(INT4), "*up_proj": rtn(INT4), "*": gptq(INT4)}),
+        )
+    )
+    for other in others:
+        assert {**one, "process": 0} == {**other, "process": 0}
 
 
 @pytest.mark.parametrize(
