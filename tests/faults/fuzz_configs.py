@@ -143,9 +143,9 @@ def quantization_configs(shared: Path) -> Trial:
 
     def change(draw: random.Random, path: Path) -> tuple[str, bytes]:
         config = json.loads((path / CONFIG).read_bytes())
-        config[KEY] = changed_json(draw, config[KEY])
+        was, config[KEY] = config[KEY], changed_json(draw, config[KEY])
         if draw.random() < 0.1:
-            config[KEY] = {**made_of(draw), **(config[KEY] if draw.random() < 0.5 else {})}
+            config[KEY] = {**made_of(draw), **(was if draw.random() < 0.5 else {})}
         return CONFIG, text_of(draw, config) if draw.random() < 0.1 else json.dumps(config).encode()
 
     def made_of(draw: random.Random) -> dict[str, Any]:
