@@ -26,8 +26,12 @@ def first_line(error: BaseException) -> str:
     colon, and no more than a sentence holds; its type where it says nothing."""
     said = str(error).strip() or type(error).__name__
     first, *more = said.splitlines()
-    line = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
-    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
+    return shortened(f"{first} {more[0].strip()}" if first.endswith(":") and more else first)
+
+
+def shortened(text: str, most: int = LONGEST_LINE) -> str:
+    """The text, or its first characters where it has more than so many: a file may say anything."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def reraise_own(error: BaseException) -> None:

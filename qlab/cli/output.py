@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qlab.cli.options import ONE_FILE, resolved
-from qlab.errors import printable
+from qlab.errors import LONGEST, printable
 
 WIDTH = 132  # of a table that no terminal shows
 
@@ -27,6 +27,8 @@ class _Printable(Console):
     """Every string, in a cell of a table too, is shown as it reads, whatever file it comes from."""
 
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        if len(text) > LONGEST:  # the search for what to colour takes the square of its length
+            options["highlight"] = False
         return super().render_str(printable(text), **options)
 
 

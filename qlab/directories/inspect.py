@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from qlab.errors import LONGEST, shortened
 from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
 from qlab.files.record import recorded
 from qlab.process.extras import needed
@@ -79,10 +80,10 @@ class Inspection(Shown):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._recorded() if self.record else self._families()
         for key, says in self.extras.items():
-            yield f"{key}: {says}"
+            yield shortened(f"{key}: {says}", LONGEST)
         megabytes = ", ".join(f"{dtype} {count / 1e6:,.1f}" for dtype, count in self.dtypes.items())
         yield (
-            f"{self.model_type}, {self.format}: {self.files} files, "
+            f"{shortened(self.model_type)}, {self.format}: {self.files} files, "
             f"{sum(self.dtypes.values()) / 1e6:,.1f} MB ({megabytes})"
         )
         yield f"{self._weights()}, {len(self.unquantized)} other tensors"

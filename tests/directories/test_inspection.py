@@ -11,6 +11,7 @@ from model_folders import random_tokens
 from rich.console import Console
 
 from qlab.algebra.spec import parse_spec
+from qlab.cli.output import console
 from qlab.directories.inspect import inspect
 from qlab.driver.quantize import quantize
 from qlab.errors import QlabError
@@ -82,6 +83,15 @@ def test_an_unquantized_directory_too(saved):
         and not inspection.sites
         and "0 weights quantized" in printed(inspection)
     )
+
+
+def test_what_a_configuration_says_at_length_is_cut(tmp_path):
+    """A terminal's colours of a text take the square of its length."""
+    write(tmp_path / "model.safetensors", [("norm.weight", torch.zeros(2, dtype=torch.float16))])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x/" * 50_000}))
+    inspection = inspect(tmp_path)
+    assert len(printed(inspection)) < 5000 and inspection.json()["model_type"] == "x/" * 50_000
+    assert console().render_str("1 of 2").spans and not console().render_str("1 " * 2000).spans
 
 
 def test_a_hundred_shards_of_an_unknown_architecture_without_transformers(tmp_path):
