@@ -16,6 +16,7 @@
 // Names: m tokens, n rows, k channels, b blocks, t a token, MT tokens that share a loaded block of W.
 
 #include "arguments.h"
+#include "bits.h"
 
 #include <immintrin.h>
 #include <algorithm>
@@ -31,7 +32,6 @@
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define AMX __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8")))
-#define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace {
@@ -78,18 +78,6 @@ struct Output {
 };
 
 INLINE int64_t size_of(Kind kind) { return kind == F32 ? 4 : 2; }
-
-INLINE float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-INLINE uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
 
 // ---------------------------------------------------------------- numbers of 16 bits, without instructions for them
 INLINE float from_half(uint16_t h) {

@@ -13,12 +13,13 @@
 //
 // Names: o rows, k channels, LANES the numbers of a vector.
 
+#include "bits.h"
+
 #include <cstdint>
 #include <cstring>
 
 #define AVX2 __attribute__((target("avx2")))
 #define AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl")))
-#define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace {
@@ -58,18 +59,6 @@ struct Problem {                           // as `nearest.py` fills it in
   int64_t rows;                            // of a part, whose sums are added up together
   double* sums;                            // [parts, 3]: of D^2, of W^2, and the largest |D| / s
 };
-
-INLINE float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-INLINE uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
 
 // ---------------------------------------------------------------- numbers of 16 bits
 INLINE float from_half(uint16_t h) {       // of a finite one

@@ -12,6 +12,7 @@
 // Names: T a number of keys and values, G query heads that share what is loaded, lanes the 16 numbers of a vector.
 
 #include "arguments.h"
+#include "bits.h"
 
 #include <algorithm>
 #include <cmath>
@@ -20,7 +21,6 @@
 #include <vector>
 
 #define AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
-#define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
 namespace {

@@ -7,6 +7,7 @@ leaves, or one of your own, registered by `torch.utils._pytree.register_pytree_n
 Legend: W_ok a weight of o output and k input channels, r the rank of a product.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,18 +37,20 @@ class Structured(Protocol):
 
 class Fetched:
     """A `Structured` weight that lies elsewhere, and is fetched whenever it is made dense. A
-    program multiplies with it and lets it go, and on the way back fetches it once more.
+    program multiplies with it and lets it go, and on the way back fetches it once more."""
 
-    of_expert(e): one expert of it, as such a weight [o, k].
-    """
 
+class FetchedStack(Fetched, ABC):
+    """Such a weight that may be [e, o, k], of experts."""
+
+    @abstractmethod
     def of_expert(self, expert: int) -> Any:
-        raise NotImplementedError
+        """One expert of it, as such a weight [o, k]."""
 
 
 def of_expert(leaf: Any, expert: int) -> Any:
     """One expert of a leaf [e, o, k]."""
-    if isinstance(leaf, Fetched):
+    if isinstance(leaf, FetchedStack):
         return leaf.of_expert(expert)
     return pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)
 

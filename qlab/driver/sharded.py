@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.algebra.block import BLOCK_IO
 from qlab.algebra.graph import Code, ModuleGraph, Site
-from qlab.algebra.leaf import Fetched
+from qlab.algebra.leaf import FetchedStack
 from qlab.algebra.stats import ATTENDING, COMPARING, JOINING, name_of
 from qlab.algebra.transform import Stage, Transform, unchanged
 from qlab.algebra.views import EachWeight, Uncovered, WholeBlock
@@ -27,7 +27,7 @@ ELSEWHERE = ATTENDING | COMPARING | JOINING  # statistics that take more than th
 
 
 @dataclass(frozen=True, eq=False)
-class Sharded(Fetched):
+class Sharded(FetchedStack):
     """A weight as the files hold it, of which this rank has some rows.
 
     Args:

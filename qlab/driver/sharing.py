@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.algebra.block import Block, OfWindows
 from qlab.algebra.graph import ModuleGraph, Site
-from qlab.algebra.leaf import Fetched, dense, of_expert
+from qlab.algebra.leaf import Fetched, FetchedStack, dense, of_expert
 from qlab.driver.learning import BlockSamples, leaving_states
 from qlab.driver.owners import owners
 from qlab.driver.parts import Parts
@@ -133,7 +133,7 @@ class Sharing(BlockSamples):
         self.ranks.told(None)
 
 
-class Lent(Fetched):
+class Lent(FetchedStack):
     """A weight [..., o, k] that one rank learns, as all ranks multiply with it.
 
     Args:
