@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.errors import QlabError
+from qlab.errors import Unreadable
 from qlab.files.atomic import unwritable
+from qlab.files.directory import reading
 from qlab.files.offload import scratch
 from qlab.files.tensors import bytes_of
 from qlab.process.sendable import Place, packed, unpacked
 
 
 class Away(MutableMapping[Any, Any]):
-    """Values whose tensors lie in files, each read anew when it is asked for, as it was laid out.
-    The files go with the mapping.
+    """Values whose tensors lie in files. Each is read anew when it is asked for, laid out as it was
+    and on its device. The files go with the mapping.
 
     offload: the folder that a user named.
     """
@@ -38,7 +39,8 @@ class Away(MutableMapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         words = self._words[key]
-        with self._files[key].open("rb") as file:
+        path = self._files[key]
+        with reading(path), path.open("rb") as file:
             return unpacked(words, partial(_read, file))
 
     def __delitem__(self, key: Any) -> None:
@@ -55,5 +57,5 @@ class Away(MutableMapping[Any, Any]):
 def _read(file: BufferedReader, place: Place) -> Tensor:
     flat = torch.empty(place.nbytes, dtype=torch.uint8, device="cpu")
     if file.readinto(bytes_of(flat)) < place.nbytes:
-        raise QlabError(f"{file.name} was cut while it was in use; start again with --resume")
-    return place.of(flat)
+        raise Unreadable(f"{file.name} was cut while it was in use; start again with --resume")
+    return place.of(flat.to(place.device))

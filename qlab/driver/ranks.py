@@ -108,7 +108,7 @@ class Ranks:
         return unpacked(bytes(head.numpy()), lambda place: self._received(place, source, to))
 
     def _received(self, place: Place, source: int, to: int | None) -> Tensor:
-        device = torch.device("cpu") if place.is_on_host else self.device
+        device = place.device if place.device.type == "cpu" else self.device
         flat = torch.empty(place.nbytes, dtype=torch.uint8, device=device)
         self._move(flat, source, to)
         return place.of(flat)

@@ -17,13 +17,14 @@ from qlab.errors import QlabError, first_line
 @dataclass(frozen=True)
 class Place:
     """A tensor as bytes in the order of its memory. sizes, axes: of what is laid out, and where its
-    axes are in the tensor; expanded: the sizes of axes that repeat one row."""
+    axes are in the tensor; expanded: the sizes of axes that repeat one row; device: where it is, in
+    the process that has it."""
 
     dtype: torch.dtype
     sizes: tuple[int, ...]
     axes: tuple[int, ...]
     expanded: tuple[int, ...]
-    is_on_host: bool
+    device: torch.device
     needs_gradient: bool
 
     @property
@@ -50,7 +51,7 @@ def _flat(t: Tensor) -> tuple[Place, Tensor]:
         sizes=tuple(laid.shape),
         axes=axes,
         expanded=tuple(t.shape),
-        is_on_host=t.device.type == "cpu",
+        device=t.device,
         needs_gradient=t.requires_grad,
     )
     # an axis of size 1 may have any stride
@@ -102,8 +103,9 @@ def packed(value: Any) -> tuple[bytes, list[Tensor]]:
         packing.dump(value)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise QlabError(
-            f"what a step made cannot be sent to other ranks ({first_line(error)}); make it of "
-            "functions and classes of a module, or run it in one process"
+            "what a step or a statistic made cannot be sent to other ranks or offloaded "
+            f"({first_line(error)}); make it of functions and classes of a module, or run it in "
+            "one process without offload"
         ) from error
     return file.getvalue(), packing.tensors
 

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.grid import weighted_mse
 from qlab.methods.rtn import rtn
+from qlab.process.sendable import _flat
 
 SPEC = parse_spec("int4-g16")
 
@@ -139,24 +141,39 @@ def test_sums_grow_in_place_and_one_less_is_in_memory_where_they_are_offloaded(
     assert max(held) == most
 
 
-def test_a_disk_that_is_full_of_statistics_is_said_and_the_run_goes_on(
-    saved, parts, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    "broken, words",
+    [
+        ("full", ("No space left on device", "free some space")),
+        ("cut", ("was cut while it was in use", "--resume")),
+    ],
+)
+def test_a_disk_that_loses_statistics_is_said_and_the_run_goes_on(
+    broken, words, saved, parts, tmp_path, monkeypatch
 ):
     path = saved("llama", num_hidden_layers=2)
     model, off = open_checkpoint(path), tmp_path / "off"
     data = random_tokens(path, MOST + 1, 8)
     run = lambda name, **options: quantize(model, gptq(SPEC), data, tmp_path / name, **options)
-    plain, sent = run("plain").path, away.packed
+    plain, sent, back = run("plain").path, away.packed, away.unpacked
     written = []
 
     def filling(value):
         written.append(value)
-        if len(written) == 50:  # in the second block
+        if len(written) == 50 and broken == "full":  # in the second block
             raise OSError(errno.ENOSPC, "No space left on device")
         return sent(value)
 
+    def cutting(words, receive):
+        if len(written) == 50 and broken == "cut":
+            for file in off.glob("qlab-statistics-*/*.bin"):
+                file.write_bytes(b"")
+        return back(words, receive)
+
     monkeypatch.setattr(away, "packed", filling)
-    refused(lambda: run("out", offload=off), str(off), "No space left on device", "free some space")
+    monkeypatch.setattr(away, "unpacked", cutting)
+    refused(lambda: run("out", offload=off), str(off), *words)
+    assert list((tmp_path / "out.partial").glob("*.safetensors"))  # of the first block
     assert contents(run("out", offload=off, resume=True).path) == contents(plain)
     assert not list(off.glob("*.states"))
 
@@ -171,6 +188,12 @@ def test_what_is_away_is_laid_out_as_it_was_and_a_file_that_was_cut_is_said(tmp_
     (file,) = tmp_path.glob("*/1.bin")
     file.write_bytes(b"")
     refused(lambda: values["other"], str(file), "was cut")
+    place = replace(_flat(t[:0])[0], device=torch.device("meta"))
+    with file.open("rb") as opened:
+        assert away._read(opened, place).is_meta  # where it was, which need not be the processor's
+    file.unlink()
+    refused(lambda: values["other"], str(file), "cannot be read (No such file or directory)")
+    values["other"] = t
     del values["other"]
     assert len(values) == 1 and not file.exists()
 
