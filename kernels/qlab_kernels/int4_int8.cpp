@@ -74,7 +74,7 @@ struct Tokens {                            // rounded: [m][blocks] of each
 struct Output {
   char* data;
   Kind kind;
-  int64_t stride;                          // numbers from a token to the next
+  int64_t n;
 };
 
 INLINE int64_t size_of(Kind kind) { return kind == F32 ? 4 : 2; }
@@ -180,7 +180,7 @@ VNNI void round_vnni(const Input& x, const Tokens& to, int64_t offset, int64_t b
 
 // ---------------------------------------------------------------- results
 INLINE void store_any(const float* from, const Output& y, int64_t t, int64_t row, int64_t count) {
-  char* to = y.data + (t * y.stride + row) * size_of(y.kind);
+  char* to = y.data + (t * y.n + row) * size_of(y.kind);
   if (y.kind == F32) std::memcpy(to, from, 4 * count);
   uint16_t* halves = reinterpret_cast<uint16_t*>(to);
   if (y.kind == BF16) {
@@ -201,7 +201,7 @@ AVX2 void store_avx2(const float* from, const Output& y, int64_t t, int64_t row,
   uint16_t rounded[ROWS];
   for (int i = 0; i < ROWS; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(rounded + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
-  std::memcpy(y.data + (t * y.stride + row) * 2, rounded, 2 * count);
+  std::memcpy(y.data + (t * y.n + row) * 2, rounded, 2 * count);
 }
 
 // ---------------------------------------------------------------- portable: the formula as it stands
@@ -592,25 +592,23 @@ struct Parts {
 };
 
 // int4_int8_pair, int4_int8_triple(Tensor x, words, scales, zeros of each weight, int n of each, int group, int path)
-// -> Tensor: the results of each side by side. x is rounded once, for weights of one number of bits.
+// -> Tensor of each. x is rounded once, for weights of one number of bits.
 template <size_t... EACH>
 void boxed_joined(StableIValue* stack, std::index_sequence<EACH...>) {
   constexpr size_t COUNT = sizeof...(EACH);
   const Argument x(stack[0]);
   const Parts parts[COUNT] = {Parts(stack + 1 + 3 * EACH)...};
   const StableIValue* last = stack + 1 + 3 * COUNT;
-  const int64_t group = int64_t(last[COUNT]), n = ((int64_t(last[EACH])) + ...);
+  const int64_t group = int64_t(last[COUNT]);
   const Weight weights[COUNT] = {weight(parts[EACH].words, parts[EACH].scales, parts[EACH].zeros, 1, int64_t(last[EACH]), group)...};
   const Implementation path = implementation(int64_t(last[COUNT + 1]));
-  AtenTensorHandle y = empty({x.size(0), n}, x.dtype());
   const Input input{x.data(), kind_of(x), x.size(0), x.size(1), x.stride(0), x.stride(1)};
   const Rounded rounded(input, weights[0], path);
-  char* data = data_of(y);
-  for (const Weight& w : weights) {
-    multiply(input.m, rounded.tokens, w, {data, input.kind, n}, path);
-    data += w.n * size_of(input.kind);
+  for (size_t i = 0; i < COUNT; i++) {
+    AtenTensorHandle y = empty({input.m, weights[i].n}, x.dtype());
+    multiply(input.m, rounded.tokens, weights[i], {data_of(y), input.kind, weights[i].n}, path);
+    stack[i] = value_of(y);
   }
-  stack[0] = value_of(y);
 }
 
 void boxed_pair(StableIValue* stack, uint64_t, uint64_t) { boxed_joined(stack, std::make_index_sequence<2>()); }

@@ -1,6 +1,9 @@
 """Products that share one rounding of their activations: the operators' bits, and which products of
 a graph become one."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -52,9 +55,9 @@ def test_joined_products_have_the_bits_of_single_ones(
     x, number = activations(m, k, dtype), kernel.PATHS.index(path)
     parts = [part for weight in weights for part in weight[:3]]
     joined = ops.int4_int8_pair if len(rows) == 2 else ops.int4_int8_triple
-    y = joined(x, *parts, *rows, 32, number)
-    single = [ops.int4_int8_forward(x, *weight[:5], number) for weight in weights]
-    assert torch.equal(y, torch.cat(single, 1))
+    ys = joined(x, *parts, *rows, 32, number)
+    for y, weight in zip(ys, weights, strict=True):
+        assert torch.equal(y, ops.int4_int8_forward(x, *weight[:5], number))
 
 
 def test_torch_accepts_the_operators():
@@ -63,6 +66,16 @@ def test_torch_accepts_the_operators():
         parts = [part for weight in few for part in weight[:3]]
         x, rows = activations(3, 64, torch.bfloat16), [weight[3] for weight in few]
         torch.library.opcheck(joined.default, (x, *parts, *rows, 32, 0))
+
+
+def test_the_tensor_of_no_zeros_is_on_the_cpu_wherever_the_first_import_happens():
+    code = """
+import torch
+with torch.device("meta"), torch.inference_mode():
+    from qlab.lowering.weights.int4_int8 import NONE
+assert NONE.device.type == "cpu" and not NONE.is_inference()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Products(nn.Module):
@@ -89,7 +102,7 @@ def compiled(module, *args):
     with torch.no_grad():
         ys = torch.compile(module, fullgraph=True, options=options)(*args)
         for y, expected in zip(ys, module(*args), strict=True):
-            assert torch.equal(y, expected)
+            assert torch.equal(y, expected) and y.stride() == expected.stride()
     return seen
 
 

@@ -1,5 +1,6 @@
 """Products with activations rounded to int8 that multiply the same activations, as one operator."""
 
+from operator import getitem
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 def join(graph: Any) -> int:
     """Let products share one rounding of their activations; the number of operators that do.
 
-    int4_int8_forward(x, a), int4_int8_forward(x, b) -> the columns of int4_int8_pair(x, a, b)
+    int4_int8_forward(x, a), int4_int8_forward(x, b) -> the results of int4_int8_pair(x, a, b)
 
     The products of an attention's q, k and v are such, and those of a gate and its neighbour.
     """
@@ -43,15 +44,12 @@ def _shared(node: Any) -> tuple[Any, ...]:
 
 
 def _replace_by(graph: Any, operator: Any, nodes: list[Any]) -> None:
-    """Products as parts of the columns of one operator's result."""
+    """Products as the results of one operator."""
     x, *_, group, path = nodes[0].args
     weights = [part for node in nodes for part in node.args[1:4]]
     rows = [node.args[4] for node in nodes]
     with graph.inserting_before(nodes[0]):
-        whole = call(graph, operator, (x, *weights, *rows, group, path))
-    begin = 0
-    for node, count in zip(nodes, rows):
-        with graph.inserting_before(node):
-            part = call(graph, aten.slice.Tensor, (whole, 1, begin, begin + count))
+        every = call(graph, operator, (x, *weights, *rows, group, path))
+        parts = [call(graph, getitem, (every, i)) for i in range(len(nodes))]
+    for node, part in zip(nodes, parts):
         replace(graph, node, part)
-        begin += count

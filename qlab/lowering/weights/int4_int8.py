@@ -6,8 +6,8 @@ the table.
         ends[e-1]:ends[e] of x by expert e
     qlab::int4_int8_forward(x, words, ...)                                 -> the first without its
         gradient
-    qlab::int4_int8_pair, int4_int8_triple(x, words, ..., words, ...)      -> y [m, n + ...]: of two
-        or three weights, side by side; x is rounded once
+    qlab::int4_int8_pair, int4_int8_triple(x, words, ..., words, ...)      -> y [m, n] of each of
+        two or three weights; x is rounded once
 
 The compiled library registers them, so that a compiled graph calls them without Python: the
 compiler pass takes those without a gradient, because the gradient of the first is Python. zeros is
@@ -28,7 +28,10 @@ from qlab.lowering.weights.int4 import expert, in_order
 from qlab.lowering.weights.setting import Setting
 
 BLOCK = 32  # channels of x that share a scale; groups of W are multiples of it
-NONE = torch.empty(0, dtype=torch.int8)  # one tensor for all weights: one input of a compiled graph
+# one tensor for all weights is one input of a compiled graph; wherever the first import happens, it
+# has a device and can be saved for a gradient
+with torch.inference_mode(False):
+    NONE = torch.empty(0, dtype=torch.int8, device="cpu")
 
 
 class Interleaved(NamedTuple):
@@ -184,7 +187,8 @@ def _schema(count: int) -> str:
     """Of a product with so many weights."""
     parts = [f"Tensor words_{i}, Tensor scales_{i}, Tensor zeros_{i}" for i in range(count)]
     rows = [f"int n_{i}" for i in range(count)]
-    return f"(Tensor x, {', '.join([*parts, *rows])}, int group, int path) -> Tensor"
+    returned = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+    return f"(Tensor x, {', '.join([*parts, *rows])}, int group, int path) -> {returned}"
 
 
 def _of_library(name: str) -> Any:
@@ -197,8 +201,10 @@ def _of_library(name: str) -> Any:
     return load_and_call
 
 
-def _fake(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(x.shape[0], sum(a for a in arguments[:-2] if not isinstance(a, Tensor)))
+def _fake(x: Tensor, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+    rows = [a for a in arguments[:-2] if not isinstance(a, Tensor)]
+    ys = tuple(x.new_empty(x.shape[0], n) for n in rows)
+    return ys if len(ys) > 1 else ys[0]
 
 
 for _name, _count in WEIGHTS.items():
