@@ -137,10 +137,8 @@ def measure(
 
 def measures(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> bool:
     """Whether `measure` takes such codes: int8, in groups of a row, contiguous and on a CPU."""
-    parts = [codes, scales] if zeros is None else [codes, scales, zeros]
-    are_plain = all(part.device.type == "cpu" and part.is_contiguous() for part in parts)
-    are_known = codes.dtype == torch.int8 and scales.dtype in DTYPES
-    return are_plain and are_known and (zeros is None or zeros.dtype == torch.int8)
+    are_whole = all(_is_plain(part, torch.int8) for part in (codes, zeros) if part is not None)
+    return are_whole and _is_plain(scales, *DTYPES)
 
 
 def _problem(W_ok: Tensor, made: Rounded, rows: int) -> _Problem:
@@ -188,15 +186,21 @@ def unpack(words: Tensor, bits: int, path: str = "best") -> Tensor:
 
 
 def packs(codes: Tensor, bits: int) -> bool:
-    """Whether `pack` takes these codes: of 4 or 8 bits, in rows of whole words, contiguous and on a
-    CPU."""
+    """Whether `pack` takes these codes: int8 of 4 or 8 bits, in rows of whole words, contiguous and
+    on a CPU."""
     is_whole = bits in (4, 8) and codes.shape[-1] * bits % 32 == 0
-    return is_whole and codes.device.type == "cpu" and codes.is_contiguous()
+    return is_whole and _is_plain(codes, torch.int8)
 
 
 def unpacks(words: Tensor, bits: int) -> bool:
-    """Whether `unpack` takes these words: of codes of 4 or 8 bits, contiguous and on a CPU."""
-    return bits in (4, 8) and words.device.type == "cpu" and words.is_contiguous()
+    """Whether `unpack` takes these words: int32, of codes of 4 or 8 bits, contiguous and on a
+    CPU."""
+    return bits in (4, 8) and _is_plain(words, torch.int32)
+
+
+def _is_plain(tensor: Tensor, *dtypes: torch.dtype) -> bool:
+    is_dense = tensor.device.type == "cpu" and tensor.is_contiguous()
+    return is_dense and tensor.dtype in dtypes
 
 
 def _stream(codes: Tensor, words: Tensor, bits: int) -> _Stream:

@@ -185,3 +185,10 @@ def test_streams_are_the_same_with_and_without_the_kernel(worth_it, width, k):
     words = bits.pack_signed(codes, width)
     assert same_bits(words, bits.pack(bits.unsigned(codes, width), width))
     assert same_bits(bits.unpack_signed(words, width, k), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_words_and_codes_of_another_dtype_are_left_to_torch(dtype):
+    """The kernel would read beyond the end of narrower ones."""
+    assert not kernel.unpacks(torch.zeros(1, 8, dtype=dtype), 4)
+    assert not kernel.packs(torch.zeros(1, 64, dtype=dtype), 4)
