@@ -23,7 +23,7 @@ from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import name_of
 from qlab.algebra.transform import Transform
-from qlab.algebra.views import Uncovered
+from qlab.algebra.views import EachWeight, Uncovered
 from qlab.codecs import CODECS, Codec, codec_of_directories
 from qlab.directories.chosen import KEPT, chosen_weights
 from qlab.driver.admissible import Admission, Refusals, tile_misfit
@@ -329,10 +329,13 @@ class _Leaves:
         return tensors
 
     def _is_one_step(self, weight: ModuleGraph) -> bool:
-        """Whether one step alone made a weight, so that its errors are those from the files."""
+        """Whether one step alone made a weight, and its errors were measured there: they are those
+        from the files. Nothing is measured of a raw stage."""
         (site,) = weight.code.sites
+        path = weight.where(site)
         steps = [stage for stage in self.recipe if not isinstance(stage.view, Uncovered)]
-        return sum(stage.touches(weight.where(site), site) for stage in steps) == 1
+        touching = [stage.view for stage in steps if stage.touches(path, site)]
+        return len(touching) == 1 and isinstance(touching[0], EachWeight) and touching[0].by_expert
 
 
 def _dense_weight(source: Checkpoint, module: str) -> Tensor:

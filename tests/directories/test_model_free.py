@@ -3,6 +3,7 @@ that nobody knows too."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,19 @@ from killing import KILLED, dying, finish, start
 from model_folders import bits_equal, contents, tensors
 
 from qlab.algebra.qtensor import QTensor, dense
-from qlab.algebra.spec import parse_spec
-from qlab.algebra.transform import keep, rules
+from qlab.algebra.spec import parse_spec, with_scale_dtype
+from qlab.algebra.transform import Stage, keep, rules
+from qlab.algebra.views import EachWeight
 from qlab.directories.model_free import quantize_files
 from qlab.directories.verify import verify
 from qlab.driver.quantize import quantize
 from qlab.errors import QlabError
 from qlab.files.certificate import fingerprint
 from qlab.files.checkpoint import open_checkpoint
+from qlab.files.record import recorded
 from qlab.files.tensors import write
 from qlab.methods.gptq import gptq
+from qlab.methods.grid import encode, minmax
 from qlab.methods.rtn import rtn
 
 INT4 = parse_spec("int4-g32")
@@ -60,6 +64,23 @@ def unknown(tmp_path) -> Path:
     write(folder / "a.safetensors", items[:5])
     write(folder / "b.safetensors", items[5:])
     return folder
+
+
+def test_codes_of_a_raw_stage_are_certified_by_the_weights_of_the_files(unknown, tmp_path):
+    """Which notes no errors, whatever else it notes."""
+
+    def run(graph, stats):
+        spec = with_scale_dtype(INT4, graph.dtype)
+        codes = {s.weight: encode(minmax, graph.weight_ok(s), spec) for s in graph.sites}
+        notes = {s.path: {"weight_error": 0.0} for s in graph.sites}
+        return replace(graph.update(codes), notes=notes), stats
+
+    raw = (Stage("raw", frozenset(), run, EachWeight(), spec=INT4),)
+    certificates = [
+        recorded(quantize_files(unknown, recipe, tmp_path / name).path)["certificates"]
+        for name, recipe in (("raw", raw), ("rtn", rtn(INT4)))
+    ]
+    assert certificates[0] == certificates[1] and certificates[0].keys() == LINEAR
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
