@@ -5,10 +5,9 @@ loads and computes garbage. It is found here, while what was meant is still know
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +21,10 @@ from qlab.codecs.cache_scales import scales_of
 from qlab.errors import QlabError
 from qlab.files.certificate import fingerprint
 from qlab.files.directory import Stored, read_header
-from qlab.files.tensors import bytes_of, dtype_of, read
+from qlab.files.tensors import BLOCK, bytes_of, dtype_of, read
 
 MARKS = "marks"  # section of notes, until they are written: name of a leaf -> its mark
-ENDS = 1 << 16  # bytes at either end of an unquantized tensor that tell it from others
+PAGE = 1 << 12  # bytes of a tensor that are summed as 64-bit words, modulo 2^64
 
 
 @dataclass(frozen=True)
@@ -38,31 +37,33 @@ class Mark:
 
 
 def mark(leaf: Leaf) -> Mark:
-    """The mark of a leaf. That of an unquantized one is made of its dtype, its shape and the bytes
-    at both of its ends, whatever its size."""
+    """The mark of a leaf. That of an unquantized one is made of its dtype, its shape and the sums
+    of its pages, which are found in a fraction of the time that a hash of all bytes takes."""
     if isinstance(leaf, QTensor):
         return Mark(fingerprint(leaf), leaf.spec)
-    flat, count = leaf.detach().reshape(-1), ENDS // leaf.itemsize
-    ends = [bytes_of(end) for end in (flat[:count], flat[-count:])]
-    return _mark_of(leaf.dtype, tuple(leaf.shape), ends)
+    return _mark_of(leaf.dtype, tuple(leaf.shape), [bytes_of(leaf)])
 
 
 def _mark_in_file(name: str, stored: Stored) -> Mark:
-    """The mark of an unquantized tensor of a file, of which only the ends are read."""
-    count = ENDS // dtype_of(name, stored).itemsize * dtype_of(name, stored).itemsize
-    first, last = min(stored.start + count, stored.stop), max(stored.stop - count, stored.start)
+    """The mark of an unquantized tensor of a file, of which a part is in memory at a time."""
     with stored.file.open("rb") as file:
         file.seek(stored.start)
-        ends = [file.read(first - stored.start)]
-        file.seek(last)
-        ends.append(file.read(stored.stop - last))
-    return _mark_of(dtype_of(name, stored), stored.shape, ends)
+        parts = (
+            memoryview(bytearray(file.read(min(BLOCK, stored.nbytes - done))))
+            for done in range(0, stored.nbytes, BLOCK)
+        )
+        return _mark_of(dtype_of(name, stored), stored.shape, parts)
 
 
-def _mark_of(dtype: torch.dtype, shape: tuple[int, ...], ends: Sequence[Any]) -> Mark:
+def _mark_of(dtype: torch.dtype, shape: tuple[int, ...], parts: Iterable[memoryview]) -> Mark:
+    """parts: the bytes in their order, each but the last one of whole pages."""
     digest = hashlib.sha256(f"{dtype} {shape}".encode())
-    for end in ends:
-        digest.update(end)
+    for part in parts:
+        pages = len(part) // PAGE
+        if pages:
+            words = torch.frombuffer(part, dtype=torch.int64, count=pages * PAGE // 8)
+            digest.update(bytes_of(words.view(pages, -1).sum(1)))
+        digest.update(part[pages * PAGE :])
     return Mark(digest.hexdigest(), None)
 
 

@@ -11,7 +11,10 @@ import qlab
 from qlab.codecs import CODECS
 from qlab.driver import quantize as driver
 from qlab.driver import run
+from qlab.files import segments
 from qlab.files.checkpoint import open_checkpoint
+from qlab.files.directory import read_header
+from qlab.files.tensors import write
 from qlab.methods.inputs import quantize_inputs
 
 ASYMMETRIC = qlab.parse_spec("int4-g32", symmetric=False)
@@ -198,6 +201,66 @@ def test_files_that_are_quantized_to_garbage_are_refused_by_name(saved, tmp_path
         "its zeros are others",
     )
     assert_nothing_stays(tmp_path)
+
+
+def another_byte(data, one, _):
+    data[(one.start + one.stop) // 2] ^= 1
+
+
+def pages_swapped(data, one, _):
+    middle, page = (one.start + one.stop) // 2, 4096
+    first, second = data[middle : middle + page], data[middle + page : middle + 2 * page]
+    data[middle : middle + 2 * page] = second + first
+
+
+def tensors_swapped(data, one, other):
+    for a, b in zip(range(one.start, one.stop), range(other.start, other.stop)):
+        data[a], data[b] = data[b], data[a]
+
+
+def shorter(data, *_):
+    del data[-3:]
+
+
+@pytest.fixture
+def two_weights(tmp_path):
+    """The folder of two weights of an architecture that no library has, whose codes take several
+    blocks of a file."""
+    folder, drawn = tmp_path / "unknown", torch.Generator().manual_seed(0)
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "nobody_knows"}')
+    weights = {
+        f"{name}.weight": torch.randn(1024, 1024, generator=drawn, dtype=torch.float32)
+        for name in ("one", "other")
+    }
+    write(folder / "model.safetensors", weights.items())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fault", "refusal"),
+    [
+        (another_byte, "one.weight_packed does not read back"),
+        (pages_swapped, "one.weight_packed does not read back"),
+        (tensors_swapped, "one.weight_packed does not read back"),
+        (shorter, "its tensors end at byte"),
+    ],
+)
+def test_a_file_that_is_not_what_was_packed_is_refused(
+    fault, refusal, two_weights, tmp_path, monkeypatch
+):
+    """Also where the damage begins between the packing and the hash that qlab.json holds."""
+
+    def damaged(path, tensors):
+        write(path, tensors)
+        stored, data = read_header(path), bytearray(path.read_bytes())
+        fault(data, stored["one.weight_packed"], stored["other.weight_packed"])
+        path.write_bytes(data)
+
+    monkeypatch.setattr(segments, "write", damaged)
+    recipe, out = qlab.rtn(qlab.parse_spec("int4-g128")), tmp_path / "out"
+    refused(lambda: qlab.quantize_files(two_weights, recipe, out), refusal)
+    assert not out.exists() and not list(tmp_path.glob("out*/*.safetensors"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from qlab.algebra.spec import parse_spec, with_scale_dtype
 from qlab.codecs import CODECS
-from qlab.files.readback import refuse_misread
+from qlab.files.directory import read_header
+from qlab.files.readback import PAGE, _mark_in_file, mark, refuse_misread
+from qlab.files.tensors import BLOCK, write
 from qlab.methods.grid import encode, minmax
 
 CODEC = CODECS["compressed-tensors"]
@@ -40,3 +42,17 @@ def test_one_other_number_is_found_in_any_dtype(file, part, at, wide):
     flat[at % len(flat)] = flat[at % len(flat)] + 1
     leaf = replace(LEAF, **{part: other})
     refused(lambda: refuse_misread(file, {"proj.weight": leaf}, CODEC), "proj.weight", part)
+
+
+@pytest.mark.parametrize("size", [0, 1, PAGE - 1, PAGE, 3 * PAGE + 5, BLOCK + PAGE + 1])
+def test_a_tensor_has_one_mark_in_memory_and_in_a_file(size, tmp_path):
+    """Whatever its size, and wherever its bytes begin."""
+    drawn = torch.Generator().manual_seed(size)
+    tensor = torch.randint(0, 256, (size + 3,), generator=drawn, dtype=torch.uint8)[3:]
+    write(tmp_path / "model.safetensors", [("t", tensor)])
+    stored = read_header(tmp_path / "model.safetensors")["t"]
+    assert _mark_in_file("t", stored) == mark(tensor)
+    for at in {0, size // 2, size - 1} if size else ():
+        other = tensor.clone()
+        other[at] += 1
+        assert mark(other) != mark(tensor)
