@@ -59,6 +59,8 @@ def answer(
     asked = prompts_of(prompts)
     if not answers.parent.is_dir():
         raise QlabError(f"{answers} would lie in no folder; make {answers.parent} first")
+    if answers.exists() and not answers.is_file():
+        raise QlabError(f"{answers} is no regular file, and answers are read back; name one")
     checkpoint = opened(model)
     rounded = roundings(checkpoint, device, activations, head)
     ready = pipeline_of(checkpoint, rounded, device, dtype, compile, kv_cache, rows=rows)

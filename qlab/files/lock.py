@@ -1,11 +1,11 @@
-"""One owner for a folder: a lock on a file in it, which the system releases when its holder ends,
+"""One owner for a folder, or for a file: a lock, which the system releases when its holder ends,
 however that comes."""
 
 import fcntl
 import os
 from pathlib import Path
 
-from qlab.errors import QlabError
+from qlab.errors import QlabError, Unwritable
 
 LOCK = "lock"
 ATTEMPTS = 100  # at a folder that others rename or remove while it is locked
@@ -28,14 +28,8 @@ class Lock:
             except FileNotFoundError:
                 continue
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                os.close(handle)
-                raise QlabError(
-                    f"another run is writing to {self.path.parent.parent}; wait until it ends, or "
-                    "choose another output directory"
-                ) from error
-            except OSError:
+                take(handle, self.path.parent.parent, "choose another output directory")
+            except BaseException:
                 os.close(handle)
                 raise
             if _is_open_as(handle, self.path):
@@ -50,6 +44,24 @@ class Lock:
     def release(self) -> None:
         """Let others have the folder."""
         os.close(self.handle)
+
+
+def take(handle: int, path: Path, instead: str) -> None:
+    """Lock an open file for as long as it is open; refuse one that another process has locked.
+
+    path: what is written under the lock. instead: what to do where it cannot be had.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise QlabError(
+            f"another run is writing to {path}; wait until it ends, or {instead}"
+        ) from error
+    except OSError as error:
+        raise Unwritable(
+            f"{path} cannot be locked ({error.strerror}), and another run could write to it at the "
+            f"same time; {instead}"
+        ) from error
 
 
 def _is_open_as(handle: int, path: Path) -> bool:

@@ -6,7 +6,6 @@ of the line that asked and one of the model and the settings of all: what was an
 read back, checked and not asked again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlab.errors import QlabError, first_line
+from qlab.files.lock import take
 from qlab.generation.grammar import KINDS
 from qlab.generation.pipeline import SETTINGS, Pipeline, Reply
 from qlab.process.progress import progress
@@ -73,8 +73,8 @@ def answer_file(
             what a line of answers is known by.
 
     Raises:
-        QlabError: answers to other prompts, of another model or with other settings, and a file
-            that another run is writing to.
+        QlabError: answers to other prompts, of another model or with other settings, a file that
+            another run is writing to, and one that cannot be locked.
     """
     shared = json.dumps({"model": model, "settings": settings}, sort_keys=True).encode()
     asked = [
@@ -82,7 +82,7 @@ def answer_file(
     ]
     failed = 0
     with open(answers, "ab") as file:
-        _lock(file, answers)
+        take(file.fileno(), answers, "name another file")
         before = _answered(answers, asked, prompts.path)
         todo = asked[before:]
         replies = _replies(pipe, prompts.rows[before:], settings)
@@ -127,17 +127,6 @@ def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise QlabError(f"{where} has the field {twice!r} twice; give it once")
     return fields
-
-
-def _lock(file: BinaryIO, answers: Path) -> None:
-    """Take a file for as long as it is open; the system lets others have it when the run ends,
-    however that comes."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise QlabError(
-            f"another run is writing to {answers}; wait until it ends, or name another file"
-        ) from error
 
 
 def _answered(answers: Path, asked: Sequence[Mapping[str, str]], prompts: Path) -> int:

@@ -1,8 +1,10 @@
 """Texts in, replies out: in Python, streamed, and from file to file."""
 
+import errno
 import fcntl
 import gc
 import json
+import os
 import weakref
 
 import pytest
@@ -165,6 +167,16 @@ def test_two_runs_at_once_do_not_write_to_one_file(pipe, asked, tmp_path):
     assert run().before == 4 and out.read_bytes() == whole
 
 
+def test_a_file_that_cannot_be_locked_is_refused(pipe, asked, tmp_path, monkeypatch):
+    def no_lock(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    out = tmp_path / "answers.jsonl"
+    run = lambda: answer_file(pipe, prompts_of(asked), out, {}, {})
+    refused(run, f"{out} cannot be locked (No locks available)", "name another file")
+
+
 def test_the_file_is_locked_from_the_first_look_to_the_last_answer(
     pipe, asked, tmp_path, monkeypatch
 ):
@@ -270,6 +282,10 @@ def test_the_command_answers_and_says_how_many(spoken, asked, tmp_path, command)
     for places in ((tmp_path / "none", out), (asked, tmp_path / "none" / "out")):
         code, _, error = command(main, *given[:2], "--in", places[0], "--out", places[1])
         assert code == 2 and "none" in error and "Traceback" not in error
+    os.mkfifo(tmp_path / "pipe")  # it would be read for ever
+    for place in (tmp_path / "pipe", tmp_path):
+        code, _, error = command(main, *given[:4], "--out", place)
+        assert code == 2 and f"{place} is no regular file" in error
 
 
 def test_a_dense_directory_without_a_tensor_is_refused_and_not_filled_at_random(folder):
