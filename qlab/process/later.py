@@ -9,12 +9,16 @@ T = TypeVar("T")
 
 class Later(Generic[T]):
     """What fn(*args) returns, computed in a thread of its own: of use where that lets go of the
-    interpreter, as hashing, reading and arithmetic do."""
+    interpreter, as hashing, reading and arithmetic do.
+
+    A process ends after it, also one that is interrupted: torch aborts a process whose interpreter
+    ends under one of its operations.
+    """
 
     def __init__(self, fn: Callable[..., T], *args: Any) -> None:
         self._value: T
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(fn, args), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(fn, args))
         self._thread.start()
 
     def _run(self, fn: Callable[..., T], args: tuple[Any, ...]) -> None:
