@@ -15,6 +15,7 @@ from typing import Any
 
 from qlab.algebra.block import SAMPLES
 from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.qtensor import QTensor
 from qlab.algebra.running import apply, keys_of, select
 from qlab.algebra.statistic import PerExpert
 from qlab.algebra.stats import Stats, name_of
@@ -26,7 +27,7 @@ from qlab.driver.owners import BY_EXPERT, expert_owner, read_by, site_owners, tu
 from qlab.driver.parts import Parts
 from qlab.driver.ranks import Ranks
 from qlab.driver.sharded import gathered, shape_of
-from qlab.driver.sharing import Sharing, learners
+from qlab.driver.sharing import Sharing, learners, see_reference
 from qlab.errors import QlabError
 
 
@@ -175,6 +176,8 @@ class Divided(Division):
         if not (isinstance(stage.view, WholeBlock) and self.is_sharded):
             return turns(stage, graph, self.owners)
         sites = [site for site in select(stage, graph).sites if not site.router]
+        if stage.spec is None:  # it learns weights that are rounded, and refuses if there is none
+            sites = [s for s in sites if isinstance(graph.params[s.weight or ""], QTensor)] or sites
         shapes = {site: shape_of(graph, site) for site in sites}
         found = learners(shapes, self.ranks.world, _fused(self.stages))
         return {rank: frozenset(site.path for site in own) for rank, own in found.items()}
@@ -185,6 +188,7 @@ class Divided(Division):
             return None
         chosen, samples = select(stage, graph), stats[SAMPLES]
         if self.is_sharded:
+            see_reference(samples, self.ranks)
             return Sharing(samples, self.ranks, chosen)
         return Leading(samples, self.ranks, chosen)
 

@@ -55,7 +55,7 @@ class BlockSamples:
         self.reference: Windows = streams[-1]
         self.targets: dict[int, Tensor] = {}
         self.kept = 0
-        self.left: dict[int, State] = {}  # what leaves the unquantized block, where it was asked
+        self.left: dict[int, State] | None = None  # what leaves the unquantized block, if computed
 
     @property
     def count(self) -> int:
@@ -82,7 +82,7 @@ class BlockSamples:
         """The states that leave the unquantized block in the unquantized model, of these windows.
         Targets that are kept are not computed again."""
         for i in windows:
-            if i in self.left:
+            if self.left is not None:
                 yield self.left[i]
                 continue
             call, state = self.reference[i]

@@ -271,7 +271,7 @@ def _fitting(
     whole = _Fitting(memory, at_once)
     if job.memory is None or sum(memory.values()) <= job.memory or ranks == 1:
         return whole
-    if not all(can_be_sharded(job, code) for code in sites.codes.values()):
+    if not all(can_be_sharded(job, path, code) for path, code in sites.codes.items()):
         return whole
     sharded = _Fitting(predict(experts_at_once=None, is_sharded=True), is_sharded=True)
     return min(whole, sharded, key=lambda fitting: sum(fitting.memory.values()))

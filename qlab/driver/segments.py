@@ -31,6 +31,7 @@ from qlab.driver.observe import (
 from qlab.driver.parts import Parts, collected
 from qlab.driver.ranks import Ranks
 from qlab.driver.sharded import Sharded, laid, with_held
+from qlab.driver.sharing import see_reference
 from qlab.driver.shelved import Shelved
 from qlab.driver.solve import Check, solve, solve_beside, solve_in_order, unchecked
 from qlab.driver.states import flat
@@ -234,6 +235,8 @@ def _solved(
     if samples:
         with_them = with_samples(look, samples)
         solved, _ = solve(solved, learning, with_them, check, solver.later, division)
+        if solver.is_sharded:  # also where no step saw the block
+            see_reference(samples, solver.ranks)
         beside_it = samples.reference_leaving(division.batches(samples.count))
         # What left the block before it learned is of no use any more.
         leaving = [push(solved, streams[0]()), beside_it] if streams[1:] else []

@@ -20,6 +20,7 @@ from qlab.algebra.stats import ATTENDING, COMPARING, JOINING, name_of
 from qlab.algebra.transform import Stage, Transform, unchanged
 from qlab.algebra.views import EachWeight, Uncovered, WholeBlock
 from qlab.driver.job import Job
+from qlab.driver.learning import split
 from qlab.driver.ranks import Ranks
 from qlab.process.shards import Shard
 
@@ -102,11 +103,12 @@ def rounded_sites(recipe: Transform, path: str, code: Code) -> list[Site]:
     ]
 
 
-def can_be_sharded(job: Job, code: Code) -> bool:
+def can_be_sharded(job: Job, path: str, code: Code) -> bool:
     """Whether ranks can solve a block of which none has all weights.
 
     Steps are those that see one weight, whose inputs are solved one after another, and those that
-    learn the weights of a block each by itself. No weight is of two sites.
+    learn the weights of a block each by itself. No weight is of two sites, and none is sharded
+    where inputs behind it are observed.
     """
     weights = [site.weight for site in code.sites if site.weight]
     return (
@@ -116,7 +118,18 @@ def can_be_sharded(job: Job, code: Code) -> bool:
         and len(set(weights)) == len(weights)
         and all(_by_weight(stage, code) for stage in job.recipe)
         and (job.observed is None or job.in_order(code))
+        and _rounded_before_observed(job.recipe, path, code)
     )
+
+
+def _rounded_before_observed(recipe: Transform, path: str, code: Code) -> bool:
+    """Whether inputs are observed behind weights alone that are rounded. Each rank observes its own
+    windows; of these ranks have unequal numbers, so they cannot gather a weight there."""
+    alone, learning = split(recipe)
+    if any(stage.needs - {BLOCK_IO} for stage in learning):
+        return False
+    in_turn = rounded_sites(alone, path, code)
+    return not any(stage.needs for stage in alone) or in_turn == rounded_sites(recipe, path, code)
 
 
 def _by_weight(stage: Stage, code: Code) -> bool:

@@ -48,11 +48,27 @@ def learners(
     return found
 
 
+def see_reference(samples: BlockSamples, ranks: Ranks) -> None:
+    """Compute what leaves the unquantized block, once, of the windows at home on each rank. All
+    ranks run as many windows, since they gather the weights together."""
+    if samples.left is not None:  # empty on a rank without windows
+        return
+    samples.left = {}
+    parts = Parts(samples.count)
+    at = [parts.numbers(rank, ranks.world) for rank in range(ranks.world)]
+    for place in range(max(map(len, at))):
+        own = at[ranks.rank][place : place + 1]
+        call, state = samples.reference[own[0] if own else 0]
+        with torch.no_grad():
+            states = leaving_states(samples.graph, call, state)
+        samples.left.update(dict.fromkeys(own, states))
+
+
 class Sharing(BlockSamples):
     """The samples of a block whose weights have several owners.
 
     Args:
-        samples: those of the block.
+        samples: those of the block, behind `see_reference`.
         ranks: all of them.
         segment: the block, with all sites of the step.
     """
@@ -63,27 +79,15 @@ class Sharing(BlockSamples):
         self.round: Sequence[int] = ()  # a window for each rank
         self.real = 0  # how many of them count; behind these a rank runs one so as to take part
         self.homes = Parts(self.count)
-        if not self.left:
-            self._see_reference()
-
-    def _see_reference(self) -> None:
-        """Compute what leaves the unquantized block, of the windows at home here."""
-        world = self.ranks.world
-        at = [self.homes.numbers(rank, world) for rank in range(world)]
-        for place in range(max(map(len, at))):
-            own = at[self.ranks.rank][place : place + 1]
-            call, state = self.reference[own[0] if own else 0]
-            with torch.no_grad():
-                states = leaving_states(self.graph, call, state)
-            self.left.update(dict.fromkeys(own, states))
 
     def wanted(self, i: int) -> Tensor:
         """What should leave the block of this rank's window of the round. All ranks ask for
         theirs."""
-        found: dict[int, Tensor] = {}
+        left, found = self.left, dict[int, Tensor]()
+        assert left is not None
         for rank, window in enumerate(self.round):
             home = self.homes.rank_of(window, self.ranks.world)
-            target = self.left[window][0] if home == self.ranks.rank else None
+            target = left[window][0] if home == self.ranks.rank else None
             arrived = self.ranks.sent(target, home, rank)
             if arrived is not None:
                 found[window] = arrived

@@ -33,7 +33,17 @@ RECIPES = {
     "refine": chain(gptq(SPEC), auto_round_refine(steps=1, windows=2)),
     # one weight is learned, by one rank, and others take part
     "one": rules({"*.down_proj": LEARNED, "*": rtn(SPEC)}),
+    # the first block is learned by none, and its states are asked for
+    "last": rules({"*.0.*": rtn(SPEC), "*.down_proj": None, "*": LEARNED}),
+    "some": chain(
+        rules({"*.q_proj": gptq(SPEC), "*": None}), auto_round_refine(steps=1, windows=2)
+    ),
     "gptq": gptq(SPEC),
+    # their inputs are observed behind weights that are sharded
+    "behind learned": rules({"*.down_proj": gptq(SPEC), "*": LEARNED}),
+    "learned before": chain(
+        rules({"*.mlp.*": None, "*": LEARNED}), rules({"*.mlp.*": gptq(SPEC), "*": None})
+    ),
     "qat": qat(SPEC, steps=1, windows=2),
 }
 
@@ -85,7 +95,8 @@ def by_windows(monkeypatch):
 CASES = {
     2: [("llama", {}, "refine"), ("qwen3_moe", {"num_hidden_layers": 1}, "auto_round")],
     3: [
-        ("llama", {"num_hidden_layers": 1}, "one"),
+        ("llama", {"num_hidden_layers": 1}, "some"),
+        ("llama", {}, "last"),
         ("gpt2", {"n_layer": 1, "dtype": torch.float16}, "auto_round"),
     ],
 }
@@ -144,7 +155,9 @@ def test_a_rank_holds_its_rows_and_learns_its_weights(saved, tmp_path):
 def test_a_plan_shards_where_whole_blocks_do_not_fit_and_where_it_may(saved):
     source = saved("llama")
     model = open_checkpoint(source)
-    for name, shards in (("auto_round", True), ("gptq", True), ("qat", False)):
+    may = ["auto_round", "one", "last", "gptq"]
+    for name in (*may, "behind learned", "learned before", "qat"):
+        shards = name in may
         data, recipe = data_of(source), RECIPES[name]
         with of_blocks_alone():
             whole = plan(model, recipe, data, ranks=4)
