@@ -183,7 +183,8 @@ class Plan(Shown):
         yield f"estimated time: {self._time}"
         if self.ranks > 1:
             sent = ", ".join(f"{stage} {size(int(n))}" for stage, n in self.traffic.items())
-            yield f"traffic per block, of all ranks: {sent or 'none'}"
+            beside = ", and weights that are gathered and lent" if self.is_sharded else ""
+            yield f"traffic per block, of all ranks: {sent or 'none'}{beside}"
 
     def at(self, devices: Devices) -> dict[str, Any]:
         """The times on devices of these figures as plain data."""
