@@ -123,6 +123,19 @@ def test_a_weight_in_several_parts_has_the_errors_of_torch(worth_it, spec, monke
         assert same_bits(ours, theirs), part
 
 
+def test_behind_a_mask_zeros_stay_and_the_kernel_is_not_asked(worth_it, monkeypatch):
+    """Errors are from the weights that were left."""
+    drawn = torch.Generator().manual_seed(0)
+    weight = lone_weight("w", torch.randn(8, 32, generator=drawn, dtype=torch.float32))
+    recipe = qlab.method("magnitude-2:4+rtn", "int4-g8-asym")
+    with_kernel = solve_alone(weight, recipe)
+    monkeypatch.setattr(compiled, "_demand", compiled._Demand())
+    without = solve_alone(weight, recipe)
+    assert with_kernel.notes == without.notes
+    assert same_bits(with_kernel.params["weight"].codes, without.params["weight"].codes)
+    assert int((qlab.dense(with_kernel.params["weight"]) == 0).sum()) >= 8 * 32 // 2
+
+
 @each_path
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", kernel.DTYPES)
