@@ -58,7 +58,8 @@ def _divided(path: Path) -> dict[str, Any]:
         legal = degrees(qlab.open(path))
     except QlabError as error:
         return {"degrees": [1], "says": str(error)}
-    return {"degrees": [*legal], "says": f"over {', '.join(map(str, legal))} ranks"}
+    ranks = "ranks" if len(legal) > 1 else "rank"
+    return {"degrees": [*legal], "says": f"over {', '.join(map(str, legal))} {ranks}"}
 
 
 def convert(
