@@ -64,7 +64,8 @@ def test_memory_does_not_grow_with_depth(exact_job, tmp_path):
     }
     peaks = [measure(exact_job, path, "gptq in attention")["peak"] for path in models.values()]
     block = 4 * (4 * 512 * 512 + 3 * 512 * 1536)
-    assert peaks[1] - peaks[0] < block, [peak // MiB for peak in peaks]  # for four blocks more
+    # for four blocks more, of which the codes alone would be half a block, packed
+    assert peaks[1] - peaks[0] < block / 4, [peak // MiB for peak in peaks]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 and passes the gates.
 
 The normal run compiles every configuration of the shipped tables and of the heuristic's choices, of
-every family for every capability that it runs on, each for one of its kinds of weights in turn, and
-for one capability in turn of those that have one row in TARGETS; `-m static_full` compiles every
-candidate of every kind of weights for every capability.
+every family, each for one of its kinds of weights in turn, and for one capability in turn of those
+that have one row in TARGETS; every kernel is compiled for every capability that it runs on.
+`-m static_full` compiles every candidate of every kind of weights for every capability.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -40,11 +41,25 @@ def chosen(family: AheadOfTime) -> list[Any]:
 
 def normal(family: AheadOfTime) -> list[Any]:
     """Of the variants of one configuration, which differ in the kind of weights and among equal
-    capabilities alone, one: the next one every time."""
+    capabilities alone, one: the next one every time, of the capability that the kernel has met
+    least often. Then one for each capability that a kernel has not met at all."""
     alike: dict[tuple, list[Any]] = {}
-    for v in dict.fromkeys(chosen(family)):
+    distinct = list(dict.fromkeys(chosen(family)))
+    for v in distinct:
         alike.setdefault((TARGETS[v.cc], v.op, v.config), []).append(v)
-    return [variants[i % len(variants)] for i, variants in enumerate(alike.values())]
+    met: Counter = Counter()
+    taken = []
+    for i, variants in enumerate(alike.values()):
+        begin = i % len(variants)
+        in_turn = variants[begin:] + variants[:begin]
+        taken.append(min(in_turn, key=lambda v: met[kernel_of(v)]))
+        met[kernel_of(taken[-1])] += 1
+    left = {kernel_of(v): v for v in distinct if not met[kernel_of(v)]}
+    return taken + list(left.values())
+
+
+def kernel_of(v: Any) -> tuple:
+    return v.cc, v.op, v.config.kind
 
 
 def everything(family: AheadOfTime, cc: Capability) -> list[Any]:
@@ -90,6 +105,7 @@ def test_the_normal_run_stays_small_and_covers_every_capability(name):
     assert {(TARGETS[v.cc], v.op, v.config) for v in variants} == {
         (TARGETS[v.cc], v.op, v.config) for v in all_of_them
     }
+    assert set(map(kernel_of, variants)) == set(map(kernel_of, all_of_them))
     assert {v.cc for v in variants} == set(runs_on(family)) != set()
     without = [replace(v, cc=(0, 0), op="", config=Config("gemm")) for v in variants]
     assert set(without) == {
