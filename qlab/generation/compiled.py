@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from qlab.errors import QlabError, first_line
 from qlab.generation.cache import Pool, Rows
 from qlab.generation.pages import NOBODY
-from qlab.generation.parts import Blocks, Part, Program, of_module, of_step
+from qlab.generation.parts import Blocks, Part, Program, logits_of, of_module, of_step
 from qlab.lowering.compiler.options import inductor_options
 from qlab.process.progress import say
 from qlab.process.surroundings import environment, undisturbed
@@ -47,12 +47,13 @@ Arguments = Callable[[Rows, Tensor], dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """A compiled step, which is called as the model. rows: how many it computes."""
+    """A compiled step, which is called as the model and gives logits. rows: how many it
+    computes."""
 
     rows: int
-    run: Callable[..., Any]
+    run: Callable[..., Tensor]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         # while another thread traces, torch runs a compiled function as it is, or refuses to
         with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
             return self.run(*args, **kwargs)
@@ -187,18 +188,18 @@ class Compiled:
         twins = blocks.placed(lambda name: of_module)
         own = torch.arange(1, FEW + 2, dtype=torch.int64)[None]  # enough pages of any size
         for start, count in ((0, FEW), (FEW, 1)):
-            logits = [self._step(run, own, start, count) for run in (self.model, twins)]
-            if not torch.equal(*logits):
+            runs = [partial(logits_of, model) for model in (self.model, twins)]
+            if not torch.equal(*(self._step(run, own, start, count) for run in runs)):
                 raise QlabError("its blocks differ in more than their tensors")
         return blocks
 
     def _warmed(self, size: int, blocks: Blocks | None) -> Bucket:
         """A bucket, compiled, and run with another number of pages."""
-        run: Any
+        run: Callable[..., Tensor]
         if blocks is None:
             run = partial(self._part(size, of_step, "the step"), self.model)
         else:
-            run = blocks.placed(partial(self._part, size, of_module))
+            run = partial(logits_of, blocks.placed(partial(self._part, size, of_module)))
         for pages in (PAGES, 2):
             self._step(run, torch.full((size, pages), NOBODY, dtype=torch.int64), 0, 1)
         return Bucket(rows=size, run=run)
@@ -218,14 +219,14 @@ class Compiled:
         self.drop(size, "they needed another graph than that of the warm-up")
         return graph.forward
 
-    def _step(self, run: Any, table_bp: Tensor, start: int, count: int) -> Tensor:
+    def _step(self, run: Callable[..., Tensor], table_bp: Tensor, start: int, count: int) -> Tensor:
         """Logits of a step of rows with these pages of the small pool, from a position on."""
         rows, text = len(table_bp), self.model.config.get_text_config()
         whole: dict[str, Any] = {"dtype": torch.int64, "device": self.model.device}
         ids = torch.arange(start, start + count, **whole) % int(text.vocab_size)
         starts = torch.full((rows,), start, **whole)
         seen = Rows(self._pool, table_bp.to(self.model.device), starts, count, [])
-        return run(ids.repeat(rows, 1), use_cache=True, **self._arguments(seen, starts)).logits
+        return run(ids.repeat(rows, 1), use_cache=True, **self._arguments(seen, starts))
 
 
 def refuse_unknown(mode: str) -> None:

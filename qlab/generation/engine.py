@@ -11,6 +11,7 @@ import inspect
 import itertools
 import queue
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -38,6 +39,7 @@ from qlab.generation.drawing import draw
 from qlab.generation.grammar import Word
 from qlab.generation.images import Placed, placed
 from qlab.generation.pages import Pages
+from qlab.generation.parts import logits_of
 from qlab.generation.passes import Pass, pass_over
 from qlab.generation.request import ABORT, ERROR, Request
 from qlab.generation.sampling import Drawn, Sampling
@@ -357,7 +359,8 @@ class Engine:
         start, shift = call.start_b.to(device), call.shift_b.to(device)
         rows = Rows(self.pool, call.table_bp.to(device), start, call.ids_bq.shape[1], states)
         more = self._arguments(rows, start + shift, call.keep, call.inputs)
-        return (bucket or self.model)(call.ids_bq.to(device), use_cache=True, **more).logits
+        run = bucket or partial(logits_of, self.model)
+        return run(call.ids_bq.to(device), use_cache=True, **more)
 
     def _arguments(
         self, rows: Rows, first_b: Tensor, keep: int = 1, inputs: Mapping[str, Tensor] | None = None

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from qlab.errors import QlabError
 from qlab.generation.cache import Rows
+from qlab.generation.direct import Direct
 from qlab.generation.twins import copied, kinds_of, replaced, twin
 from qlab.model.paper import find_blocks, path_of
 
@@ -25,10 +26,15 @@ HANDED = (Tensor, Rows, bool, int, float, str, type(None))
 Program = Callable[..., Any]  # (module, *args, **kwargs) -> what the module returns
 
 
+def logits_of(model: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """What a step is there for, of all that a model gives."""
+    return model(*args, **kwargs).logits
+
+
 def of_step(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The program of a whole step."""
     _of_one_size(args, kwargs)
-    return model(*args, **kwargs)
+    return logits_of(model, *args, **kwargs)
 
 
 def of_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -127,8 +133,14 @@ class Part:
         }
         # torch keeps what it compiled by code object, and at most eight for one
         own = types.FunctionType(program.__code__.replace(), program.__globals__)  # type: ignore[attr-defined]
-        self._compiled = torch.compile(
-            own, fullgraph=True, dynamic=False, backend=backend, options=options
+        self._compiled: Direct = Direct(
+            torch.compile(
+                own,
+                fullgraph=True,
+                dynamic=False,
+                backend=lambda graph, inputs: self._compiled.watched(backend(graph, inputs)),
+                options=options,
+            )
         )
         self._run = self._first
 
