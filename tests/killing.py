@@ -3,6 +3,8 @@
 import os
 import signal
 
+import torch
+
 import qlab.files.writer
 
 KILLED = -signal.SIGKILL
@@ -13,6 +15,8 @@ def start(run) -> int:
     pid = os.fork()
     if pid == 0:
         try:
+            # torch gives a fork a new pool here; two threads that asked for it at once would fail
+            torch.set_num_threads(torch.get_num_threads())
             run()
             os._exit(0)
         except BaseException:
