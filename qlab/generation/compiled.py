@@ -1,11 +1,12 @@
-"""The step of rows, compiled behind the traffic, one bucket of rows after the other. What is not
-compiled yet runs as it is.
+"""Steps, compiled behind the traffic, one bucket after the other. What is not compiled yet runs as
+it is.
 
     block: a graph of each kind of block and one of the head, for each bucket
     model: a graph of the whole step, for each bucket
 
-A bucket is a number of rows; a step of fewer is filled up with rows that write to the page of
-nobody. How many tokens the rows have is no part of a graph.
+A bucket is a number of rows, of which the next token is computed, or a part of one prompt. A step
+of fewer rows is filled up with rows that write to the page of nobody. How many tokens rows or
+parts have is no part of a graph.
 """
 
 import atexit
@@ -32,9 +33,10 @@ from qlab.process.progress import say
 from qlab.process.surroundings import environment, undisturbed
 
 NONE, BLOCK, MODEL = MODES = ("none", "block", "model")
-# Pages of the rows that are compiled with: no other size of a model is a multiple of it, so that
-# the dimensions that count tokens are known by their size.
-PAGES = 13
+# Pages of the rows that are compiled with, and by how many tokens a part of a prompt is shorter: no
+# other size of a model is one of theirs, so that the dimensions that count tokens are known by
+# their size.
+PAGES, SHORTER = 13, 2
 FEW = 5  # tokens of a prompt that twins are compared on
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 # A step is hundreds of loops of microseconds each. On a CPU they are called from C++; built apart
@@ -45,12 +47,22 @@ FROM_CPP = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
 Arguments = Callable[[Rows, Tensor], dict[str, Any]]
 
 
+@dataclass(frozen=True, kw_only=True, order=True)
+class Shape:
+    """What a compiled step computes: the next token of so many rows, or a part of one prompt."""
+
+    is_prompt: bool = False
+    rows: int = 1
+
+    def __str__(self) -> str:
+        return "prompts" if self.is_prompt else f"steps of {self.rows} rows"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """A compiled step, which is called as the model and gives logits. rows: how many it
-    computes."""
+    """A compiled step, which is called as the model and gives logits."""
 
-    rows: int
+    shape: Shape
     run: Callable[..., Tensor]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -94,8 +106,8 @@ class Compiled:
         self._pool = pool.like(FEW + 1) if self.sizes else pool
         self.graphs, self.recompiles, self.seconds = 0, 0, 0.0
         self.said: list[str] = []
-        self._ready: dict[int, Bucket] = {}
-        self._wanted: Counter[int] = Counter()
+        self._ready: dict[Shape, Bucket] = {}
+        self._wanted: Counter[Shape] = Counter()
         self._thread = threading.Thread(target=self._run, name="qlab compile", daemon=True)
         self._is_closed = False
         if mode != NONE and why is not None:
@@ -108,33 +120,45 @@ class Compiled:
     def bucket(self, rows: int) -> Bucket | None:
         """The compiled step for so many rows, or None while there is none."""
         size = next((size for size in self.sizes if size >= rows), None)
-        if size is None:
-            return None
-        self._wanted[size] += 1
-        return self._ready.get(size)
+        return None if size is None else self._of(Shape(rows=size))
 
-    def drop(self, rows: int, why: str) -> None:
-        """Run steps of a bucket eager from now on."""
-        self._ready.pop(rows, None)
-        self._say(f"steps of {rows} rows stay eager: {why}")
+    def prompt(self, tokens: int) -> Bucket | None:
+        """The compiled step for a part of one prompt, or None while there is none. One token is
+        that of a row."""
+        return self._of(Shape(is_prompt=True)) if tokens > 1 else self.bucket(1)
+
+    def _of(self, shape: Shape) -> Bucket | None:
+        self._wanted[shape] += 1
+        return self._ready.get(shape)
+
+    def drop(self, shape: Shape, why: str) -> None:
+        """Run steps of a shape eager from now on."""
+        self._ready.pop(shape, None)
+        self._say(f"{shape} stay eager: {why}")
 
     def stats(self) -> dict[str, Any]:
-        """What is compiled: the mode, the buckets that are ready of all, graphs, graphs that were
-        made after the warm-up, seconds, and what stays eager and why."""
+        """What is compiled: the mode, the buckets of rows that are ready of all, whether prompts
+        are, graphs, graphs that were made after the warm-up, seconds, and what stays eager and
+        why."""
         return {
             "compile": self.mode,
             "buckets": self.sizes,
-            "ready": tuple(sorted(self._ready)),
+            "ready": self._ready_rows(),
+            "prompts": Shape(is_prompt=True) in self._ready,
             "graphs": self.graphs,
             "recompiles": self.recompiles,
             "compile_seconds": round(self.seconds, 1),
             "eager": tuple(self.said),
         }
 
+    def _ready_rows(self) -> tuple[int, ...]:
+        return tuple(sorted(shape.rows for shape in [*self._ready] if not shape.is_prompt))
+
     def __repr__(self) -> str:
         stays = "".join(f"; {sentence}" for sentence in self.said)
-        ready = f"{len(self._ready)} of {len(self.sizes)} buckets of rows are compiled"
-        return f"compile={self.mode}: {ready}{stays}"
+        prompts = ", and prompts," if Shape(is_prompt=True) in self._ready else ""
+        ready = f"{len(self._ready_rows())} of {len(self.sizes)} buckets of rows{prompts}"
+        return f"compile={self.mode}: {ready} are compiled{stays}"
 
     def wait(self) -> None:
         """Until every bucket is compiled or stays eager."""
@@ -161,14 +185,14 @@ class Compiled:
     def _run(self) -> None:
         try:
             blocks = self._blocks() if self.mode == BLOCK else None
-            left = list(self.sizes)
+            left = [*(Shape(rows=rows) for rows in self.sizes), Shape(is_prompt=True)]
             while left and not self._is_closed:
                 # what the traffic asked for most comes first
-                size = max(left, key=lambda size: (self._wanted[size], -size))
-                left.remove(size)
+                shape = max(left, key=lambda shape: self._wanted[shape])
+                left.remove(shape)
                 started = time.monotonic()
                 with kept():
-                    self._ready[size] = self._warmed(size, blocks)
+                    self._ready[shape] = self._warmed(shape, blocks)
                 self.seconds += time.monotonic() - started
         except Exception as error:  # a thread that dies would say nothing
             self._say(f"the model stays eager: {first_line(error)}")
@@ -193,30 +217,36 @@ class Compiled:
                 raise QlabError("its blocks differ in more than their tensors")
         return blocks
 
-    def _warmed(self, size: int, blocks: Blocks | None) -> Bucket:
-        """A bucket, compiled, and run with another number of pages."""
+    def _warmed(self, shape: Shape, blocks: Blocks | None) -> Bucket:
+        """A bucket, compiled, and run with other numbers of pages and tokens."""
         run: Callable[..., Tensor]
         if blocks is None:
-            run = partial(self._part(size, of_step, "the step"), self.model)
+            run = partial(self._part(shape, of_step, "the step"), self.model)
         else:
-            run = partial(logits_of, blocks.placed(partial(self._part, size, of_module)))
+            run = partial(logits_of, blocks.placed(partial(self._part, shape, of_module)))
         for pages in (PAGES, 2):
-            self._step(run, torch.full((size, pages), NOBODY, dtype=torch.int64), 0, 1)
-        return Bucket(rows=size, run=run)
+            table = torch.full((shape.rows, pages), NOBODY, dtype=torch.int64)
+            self._step(run, table, 0, self._tokens(pages) if shape.is_prompt else 1)
+        return Bucket(shape=shape, run=run)
 
-    def _part(self, size: int, program: Program, name: str) -> Part:
+    def _tokens(self, pages: int) -> int:
+        """Of a part of a prompt that is compiled with."""
+        return max(2, pages * self._pool.size - SHORTER)
+
+    def _part(self, shape: Shape, program: Program, name: str) -> Part:
         """A program for a bucket. name: in messages."""
-        backend = partial(self._built, size)
-        return Part(name, program, backend, PAGES * self._pool.size, self._say)
+        backend = partial(self._built, shape)
+        sizes = (PAGES * self._pool.size, self._tokens(PAGES))
+        return Part(name, program, backend, sizes, self._say)
 
-    def _built(self, size: int, graph: Any, inputs: Any) -> Any:
+    def _built(self, shape: Shape, graph: Any, inputs: Any) -> Any:
         """A graph of a bucket, compiled. The traffic waits for no compiler: a graph that is new
         there runs as it is, and for once."""
         self.graphs += 1
         if threading.current_thread() is self._thread:
             return inductor(graph, inputs, FROM_CPP if self.model.device.type == "cpu" else {})
         self.recompiles += 1
-        self.drop(size, "they needed another graph than that of the warm-up")
+        self.drop(shape, "they needed another graph than that of the warm-up")
         return graph.forward
 
     def _step(self, run: Callable[..., Tensor], table_bp: Tensor, start: int, count: int) -> Tensor:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from qlab.errors import QlabError, first_line
 from qlab.generation.attention import use_row_masks
+from qlab.generation.bounds import SHARE, free_bytes, longest
 from qlab.generation.cache import (
     Pool,
     Rows,
@@ -45,9 +45,6 @@ from qlab.generation.request import ABORT, ERROR, Request
 from qlab.generation.sampling import Drawn, Sampling
 from qlab.generation.schedule import Limits, Part, plan
 from qlab.process.surroundings import undisturbed
-
-SHARE = 0.25  # of the memory that is free, which the cache may take
-LONGEST = 4096  # tokens of a request, where a model takes more and nobody asked for it
 
 
 def nothing(drawn: Drawn) -> bool:
@@ -280,15 +277,31 @@ class Engine:
             request.states = DynamicCache(config=self.model.config).layers
         asked = request.sampling.prompt_logprobs
         ids = torch.tensor([tokens[part.begin : part.end]], dtype=torch.int64)
-        keep = 0 if asked is not None else 1
         seen = self._placed(request, ids)
-        logits = self._forward(ids, [request], request.states, keep, seen)
+        if asked is None and seen is None:
+            logits = self._of_part(request, ids)
+        else:
+            keep = 0 if asked is not None else 1
+            logits = self._forward(ids, [request], request.states, keep, seen)
         if asked is not None:
             request.tell_prompt(logits[0], part.begin, asked)
         request.done = part.end
         if part.end == len(tokens):
             self.pages.remember(request.shared[: request.done], request.pages)
             request.accept(draw(logits[:, -1], [request.drawing])[0])
+
+    def _of_part(self, request: Request, ids_1q: Tensor) -> Tensor:
+        """Logits of the last token of a part of a prompt."""
+        run = partial(self._forward, ids_1q, [request], request.states, keep=1)
+        bucket = self.compiled.prompt(ids_1q.shape[1])
+        try:
+            return run(bucket=bucket)
+        except Exception as error:
+            if bucket is None:
+                raise
+            logits = run()
+            self.compiled.drop(bucket.shape, first_line(error))
+            return logits
 
     def _placed(self, request: Request, ids_1q: Tensor) -> Placed | None:
         """The images of a prompt, among its tokens and those that it got before it began anew."""
@@ -313,7 +326,7 @@ class Engine:
             for request in rows:
                 self._run_alone(request)
             if bucket is not None and not any(request.finish == ERROR for request in rows):
-                self.compiled.drop(bucket.rows, first_line(error))
+                self.compiled.drop(bucket.shape, first_line(error))
 
     def _run_alone(self, request: Request) -> None:
         try:
@@ -375,23 +388,6 @@ class Engine:
 
 
 # ------------------------------------------------------------------ bounds and failures
-def free_bytes(device: torch.device) -> int:
-    """The memory that is free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
-def longest(model: PreTrainedModel, asked: int | None) -> int:
-    """How many tokens a request may have of which nobody, or somebody, said how many."""
-    has = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if asked is None:
-        return min(has or LONGEST, LONGEST)
-    if asked < 1 or (has and asked > has):
-        raise QlabError(f"max_length is {asked}; the model takes from 1 to {has} tokens")
-    return asked
-
-
 def _refuse_below_one(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:

@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlab.errors import QlabError
+from qlab.generation.bounds import SHARE, free_bytes
 from qlab.generation.cache import States, has_states, probed
-from qlab.generation.engine import SHARE, Engine, free_bytes
+from qlab.generation.engine import Engine
 from qlab.generation.passes import Pass
 from qlab.process.ranks import agreed, is_joined, local_device, told
 from qlab.process.surroundings import undisturbed

@@ -83,7 +83,7 @@ class Blocks:
         if self.head:
             head = self.model.get_submodule(self.head)
             program = made(f"the head {self.head}")
-            others[self.head] = copied(head, forward=_Called(program, head))
+            others[self.head] = copied(head, forward=_OfHead(program, head))
         return replaced(self.model, others)
 
 
@@ -95,6 +95,14 @@ class _Called:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.program(self.module, *args, **kwargs)
+
+
+class _OfHead(_Called):
+    """The program of the head. The last token of a prompt has the strides of all of it, for which a
+    graph would be made anew."""
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(hidden.reshape(-1).view(hidden.shape), *args, **kwargs)
 
 
 class _OneLayer(_Called):
@@ -119,12 +127,18 @@ class Part:
         name: in messages.
         program: the function.
         backend: of torch.compile.
-        tokens: how many tokens the rows of the first call may read; no other size is equal to it.
+        tokens: how many tokens the rows of the first call may read, and may have; no other sizes
+            are equal to these.
         say: is told why the program stays as it is.
     """
 
     def __init__(
-        self, name: str, program: Program, backend: Any, tokens: int, say: Callable[[str], object]
+        self,
+        name: str,
+        program: Program,
+        backend: Any,
+        tokens: tuple[int, ...],
+        say: Callable[[str], object],
     ):
         self.name, self.program, self.tokens, self._say = name, program, tokens, say
         # the model does not change while it is served, so its modules are not guarded
@@ -171,10 +185,10 @@ class Part:
         if isinstance(value, Rows):
             for slots in value.pool.tensors():
                 torch._dynamo.mark_dynamic(slots, 0)
-            self._mark(value.reads)
+            self._mark((value.reads, value.writes))
         if isinstance(value, Tensor):
             for dimension, size in enumerate(value.shape):
-                if size == self.tokens:
+                if size in self.tokens:
                     torch._dynamo.mark_dynamic(value, dimension)
 
 

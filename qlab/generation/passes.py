@@ -36,7 +36,7 @@ def pass_over(
 ) -> Pass:
     """The pass over the next tokens of requests. bucket: what runs it, which is filled up with rows
     of nobody, and whose graphs read more than one slot."""
-    empty, least = (0, 1) if bucket is None else (bucket.rows - len(requests), 2)
+    empty, least = (0, 1) if bucket is None else (bucket.shape.rows - len(requests), 2)
     width = max(least, *(len(request.pages) for request in requests))
     table = [r.pages + [NOBODY] * (width - len(r.pages)) for r in requests]
     done, shift = [r.done for r in requests], [r.shift for r in requests]

@@ -17,10 +17,11 @@ from qlab.data.chats import text_of_chat
 from qlab.data.tokenizing import encode
 from qlab.errors import QlabError, first_line, warn
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.generation.bounds import longest
 from qlab.generation.cache_cost import CacheCost, cache_cost, calibration_ids
 from qlab.generation.cache_schemes import cache_scheme, put_cache
 from qlab.generation.compiled import refuse_unknown
-from qlab.generation.engine import Engine, longest
+from qlab.generation.engine import Engine
 from qlab.generation.grammar import KINDS, Grammars, Word, asked_for
 from qlab.generation.images import Encoded, ImageReader, as_text, has_images, in_parts
 from qlab.generation.loaded import defaults_of, loaded

@@ -111,7 +111,7 @@ def test_blocks_with_codes_are_one_graph(saved, monkeypatch):
     engine.compiled.wait()
     assert [r.new for r in asked(engine)] == expected
     stats = engine.compiled.stats()
-    assert (stats["graphs"], stats["recompiles"], len(stats["eager"])) == (2, 0, 0)
+    assert (stats["graphs"], stats["recompiles"], len(stats["eager"])) == (4, 0, 0)
 
 
 @pytest.fixture(scope="module")

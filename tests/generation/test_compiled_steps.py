@@ -28,6 +28,11 @@ def traced(monkeypatch, backend="eager"):
     monkeypatch.setattr(module, "inductor", lambda graph, inputs, options: made(graph, inputs))
 
 
+@pytest.fixture
+def one_bucket(monkeypatch):
+    monkeypatch.setattr(module, "buckets", lambda rows: (rows,))
+
+
 def ready(model, mode, **settings):
     """An engine that has compiled all its buckets."""
     engine = small(model, compile=mode, **settings)
@@ -36,13 +41,14 @@ def ready(model, mode, **settings):
 
 
 @pytest.mark.parametrize("family", KINDS)
+@pytest.mark.usefixtures("one_bucket")
 def test_compiled_steps_say_what_generate_says_with_a_graph_for_each_kind(family, monkeypatch):
     traced(monkeypatch)
     model, expected = reference(family)
     engine = ready(model, "block", rows=2)
     assert [r.new for r in asked(engine)] == expected
     stats = engine.compiled.stats()
-    assert stats["ready"] == stats["buckets"] == (1, 2) and not stats["eager"]
+    assert stats["ready"] == stats["buckets"] == (2,) and stats["prompts"] and not stats["eager"]
     assert (stats["graphs"], stats["recompiles"]) == (2 * (KINDS[family] + 1), 0)
     assert engine.pages.available == engine.pages.count
 
@@ -53,7 +59,8 @@ def test_a_whole_step_is_one_graph_for_each_bucket(monkeypatch):
     engine = ready(model, "model", rows=2)
     assert [r.new for r in asked(engine)] == expected
     stats = engine.compiled.stats()
-    assert stats["ready"] == (1, 2) and (stats["graphs"], stats["recompiles"]) == (2, 0)
+    assert stats["ready"] == (1, 2) and stats["prompts"]
+    assert (stats["graphs"], stats["recompiles"]) == (3, 0)
 
 
 def test_the_sizes_that_a_graph_is_handed_do_not_count_its_layers(monkeypatch):
@@ -66,7 +73,7 @@ def test_the_sizes_that_a_graph_is_handed_do_not_count_its_layers(monkeypatch):
     monkeypatch.setattr(module, "inductor", made)
     for layers in (2, 4):
         ready(tiny("llama", num_hidden_layers=layers).eval(), "model", rows=1)
-    assert counts[0] == counts[1]
+    assert counts[:2] == counts[2:]  # of rows, and of prompts
 
 
 def test_hundreds_of_mixed_requests_need_no_graph_that_the_warm_up_has_not_made(monkeypatch):
@@ -82,14 +89,14 @@ def test_hundreds_of_mixed_requests_need_no_graph_that_the_warm_up_has_not_made(
     engine.run()
     assert all(r.finish == "length" and len(r.new) == r.sampling.max_tokens for r in requests)
     stats = engine.compiled.stats()
-    assert stats["ready"] == (1, 2, 4) and (stats["graphs"], stats["recompiles"]) == (3 * 2, 0)
+    assert stats["ready"] == (1, 2, 4) and (stats["graphs"], stats["recompiles"]) == (4 * 2, 0)
 
 
+@pytest.mark.usefixtures("one_bucket")
 def test_inductor_compiles_blocks_and_a_second_start_finds_them(monkeypatch, tmp_path):
     """In one bucket a request says the same alone and beside others, up to roundings: the loops of
     a graph sum over positions as many at a time as its longest row has."""
     monkeypatch.setenv("QLAB_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(module, "buckets", lambda rows: (rows,))
     model, expected = reference("llama")
     sampling = replace(GREEDY, logprobs=1)
     found = []
@@ -106,7 +113,7 @@ def test_inductor_compiles_blocks_and_a_second_start_finds_them(monkeypatch, tmp
         assert alone.new == request.new
         assert [d.logprob for d in alone.drawn] == approx([d.logprob for d in request.drawn], 1e-5)
     stats = engine.compiled.stats()
-    assert (stats["graphs"], stats["recompiles"], stats["ready"]) == (2, 0, (2,))
+    assert (stats["graphs"], stats["recompiles"], stats["ready"]) == (4, 0, (2,))
     assert found[0] == 0 and found[1] >= 2
     assert any((tmp_path / "compiled").iterdir())
 
@@ -160,14 +167,16 @@ def test_a_compiled_step_that_fails_or_wants_another_graph_runs_eager_from_then_
     def failing(*_, **__):
         raise RuntimeError("boom")
 
-    engine.compiled._ready[2] = module.Bucket(rows=2, run=failing)
+    for shape in (module.Shape(rows=2), module.Shape(is_prompt=True)):
+        engine.compiled._ready[shape] = module.Bucket(shape=shape, run=failing)
     engine.pool = engine.pool.like(engine.pages.count)
     for slots in engine.pool.tensors():
         slots.requires_grad_()  # what a graph of the warm-up was not made for
     assert [r.new for r in asked(engine)] == expected
     stats = engine.compiled.stats()
-    assert stats["ready"] == () and stats["recompiles"] == 1
-    assert "2 rows stay eager: boom" in repr(engine.compiled)
+    assert stats["ready"] == () and not stats["prompts"] and stats["recompiles"] == 1
+    for words in ("steps of 2 rows stay eager: boom", "prompts stay eager: boom"):
+        assert words in repr(engine.compiled)
 
 
 def test_a_bucket_runs_as_it_is_while_the_next_one_is_traced(monkeypatch):
