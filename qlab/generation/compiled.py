@@ -67,9 +67,7 @@ class Bucket:
     run: Callable[..., Tensor]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        # while another thread traces, torch runs a compiled function as it is, or refuses to
-        with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
-            return self.run(*args, **kwargs)
+        return self.run(*args, **kwargs)
 
 
 class _Closed(BaseException):

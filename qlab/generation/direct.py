@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qlab.generation.cache import Rows
@@ -79,7 +80,9 @@ class Direct:
         form = self._forms.get(key)
         if form is not None:
             return form(handed)
-        y = self._program(module, *args, **kwargs)
+        # while another thread traces, torch runs a compiled function as it is, or refuses to
+        with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+            y = self._program(module, *args, **kwargs)
         call, self._last = self._last, None
         if call is not None and _is_all(call.outputs, y):
             self._learn(key, handed, call)
