@@ -83,18 +83,21 @@ def fitting(name, group):
 def best(scheme):
     """The recipe that suits a scheme. Weights by `loaq-refined`, solved on the inputs as they will
     be rounded. Integers have equal steps, which outliers make wide: their inputs are turned. Floats
-    have steps that grow with the number, and are left in their basis. Keys and values are turned by
-    heads."""
+    have steps that grow with the number, and are left in their basis. Those of 4 bits lose what is
+    small beside a large neighbour, and their channels are scaled to be more alike. Keys and values
+    are turned by heads."""
     if scheme.weights is None:
         turned = qlab.chain(qlab.rotate_heads(), qlab.rotate_scores())
         return qlab.chain(turned, scheme.on_cache("least_error"))
     inputs = None if scheme.inputs is None else scheme.inputs.spec
-    turned = ()
+    alike = ()
     if isinstance(inputs, qlab.Int):
-        turned = qlab.chain(qlab.rotate_residual(), qlab.quarot())
+        alike = qlab.chain(qlab.rotate_residual(), qlab.quarot())
+    elif inputs is not None and inputs.bits == 4:
+        alike = qlab.awq_scale(scheme.weights, inputs=inputs)
     # under a global scale nothing is gained by clipping: groups have scales of their own
     static = "absmax" if getattr(inputs, "outer", False) else "least_error"
-    return qlab.chain(turned, scheme.on_inputs(static), scheme.filled("loaq-refined"))
+    return qlab.chain(alike, scheme.on_inputs(static), scheme.filled("loaq-refined"))
 
 
 def divergence(logits, reference):

@@ -147,7 +147,7 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
     "to_torchao": {"model": kinds.directory, "device": plain.device},
     "rtn": METHOD,
     "awq": METHOD,
-    "awq_scale": METHOD,
+    "awq_scale": {**METHOD, "inputs": kinds.optional_spec},
     "gptq": {
         **METHOD,
         "order": plain.function,

@@ -2,9 +2,11 @@
 
 x W^T = (x m) (W / m)^T for any scale m_k of the channels, and m is folded into what produces x, so
 that nothing is left to do at run time. The scale is searched as m = 1 / s, s = mean|x|^ratio.
+Where inputs are rounded too, the same scale makes their channels more alike, and what their
+rounding costs is part of what is searched for.
 
 Legend: W_ok weight, H mean second moment of the input x, m_k what x is multiplied by (1 / s in the
-paper).
+paper), x_nk a sample of inputs.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.folds import Fold, rows_move
-from qlab.algebra.gauge import Element, Turn, gauge
+from qlab.algebra.gauge import Element, Source, Turn, gauge
 from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.online import QuantizeInput
 from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import shared_outer
 from qlab.algebra.spec import Spec, described, with_scale_dtype
@@ -46,12 +49,14 @@ class Choice:
 class Input:
     """One input: the weights [o, k] that it meets, its second moment, and mean|x| [k].
 
-    share: its tokens, divided by the most tokens that any input of its origin has.
+    x_nk: a sample of it, None where it is not rounded. share: its tokens, divided by the most
+    tokens that any input of its origin has.
     """
 
     weights: Sequence[Tensor]
     moment: Moment
     absmean_k: Tensor
+    x_nk: Tensor | None = None
     share: float = 1.0
 
 
@@ -72,6 +77,16 @@ def scaled_loss(
     return fsum(float(loss_o.sum()) for loss_o in losses_o)
 
 
+def input_loss(weights: Sequence[Tensor], x_nk: Tensor, m_k: Tensor, spec: Spec) -> float:
+    """The output error of rounding x m: the sum over weights of mean |(Q(x m) / m - x) W^T|^2 over
+    the rows of a sample; 0 where it has none."""
+    if not len(x_nk):
+        return 0.0
+    moved_nk = x_nk * m_k
+    error_nk = (QuantizeInput(spec)(moved_nk) - moved_nk) / m_k
+    return fsum(float((error_nk @ W_ok.mT).square().sum()) for W_ok in weights) / len(x_nk)
+
+
 def least_ratio(loss: Callable[[float], float]) -> float:
     """The ratio of the least loss.
 
@@ -90,9 +105,24 @@ def least_ratio(loss: Callable[[float], float]) -> float:
     return vertex if loss(vertex) < least else best / STEPS
 
 
-def search(
-    graph: ModuleGraph, fold: Fold, inputs: Sequence[Input], spec: Spec, grid: Grid
-) -> Choice:
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What the scale is searched for: the spec and the grid of weights, and the spec of inputs,
+    None where they stay as they are."""
+
+    spec: Spec
+    grid: Grid
+    inputs: Spec | None = None
+
+    def loss(self, one: Input, m_k: Tensor) -> float:
+        """The output error of one input and its weights after scaling by m."""
+        of_weights = scaled_loss(one.weights, one.moment, m_k, self.spec, self.grid)
+        if self.inputs is None or one.x_nk is None:
+            return of_weights
+        return of_weights + input_loss(one.weights, one.x_nk, m_k, self.inputs)
+
+
+def search(graph: ModuleGraph, fold: Fold, inputs: Sequence[Input], rounding: Rounding) -> Choice:
     """The scale s = mean|x|^ratio, divided by sqrt(max s * min s), of the least output error.
 
     Every scale is scored as it will be stored (`Fold.stored`). ROWS rows of each weight choose the
@@ -109,7 +139,7 @@ def search(
         return fold.stored(graph, (s.max() * s.min()).sqrt() / s)
 
     def total(among: Sequence[Input], m_k: Tensor) -> float:
-        return fsum(i.share * scaled_loss(i.weights, i.moment, m_k, spec, grid) for i in among)
+        return fsum(i.share * rounding.loss(i, m_k) for i in among)
 
     ones = torch.ones_like(importance)
     identity_loss = total(inputs, ones)
@@ -129,28 +159,31 @@ def _spread_rows(W_ok: Tensor) -> Tensor:
 
 def inputs_of(turn: Turn) -> list[Input]:
     """The inputs of the readers of one wire: one per source, and one per expert."""
-    inputs = [
-        _input(source.weights, source.stats["second_moment"], source.stats["absmean"])
-        for source in turn.sources()
-    ]
+    inputs = [_input(source) for source in turn.sources()]
     most = max(i.moment.tokens for i in inputs)
     return [replace(i, share=i.moment.tokens / max(most, 1)) for i in inputs]
 
 
-def _input(weights: Sequence[Tensor], moment: Moment, absmean: tuple[Tensor, int]) -> Input:
-    total_k, count = absmean
-    return Input(weights=weights, moment=moment, absmean_k=total_k / max(count, 1))
+def _input(source: Source) -> Input:
+    total_k, count = source.stats["absmean"]
+    return Input(
+        weights=source.weights,
+        moment=source.stats["second_moment"],
+        absmean_k=total_k / max(count, 1),
+        x_nk=source.stats["sample"].x_nk if "sample" in source.stats else None,
+    )
 
 
-def _scale(turn: Turn, spec: Spec, grid: Grid) -> Element | None:
+def _scale(turn: Turn, rounding: Rounding) -> Element | None:
     """The searched scale of a wire: of all that its readers see, or of every expert that makes its
     own."""
     if turn.fold is None:
         return None
-    graph, settled = turn.graph, with_scale_dtype(spec, turn.graph.dtype)
+    graph = turn.graph
+    rounding = replace(rounding, spec=with_scale_dtype(rounding.spec, graph.dtype))
     inputs = inputs_of(turn)
     groups = [[one] for one in inputs] if turn.apart else [inputs]
-    choices = [search(graph, turn.fold, group, settled, grid) for group in groups]
+    choices = [search(graph, turn.fold, group, rounding) for group in groups]
     m = torch.stack([c.m_k for c in choices])[:, None] if turn.apart else choices[0].m_k
     energy = fsum(i.share * fsum(map(i.moment.output_error, i.weights)) for i in inputs)
     energy = max(energy, 1e-30)
@@ -162,7 +195,7 @@ def _scale(turn: Turn, spec: Spec, grid: Grid) -> Element | None:
     return Element(M=m, M_inv=1 / m, notes=note)
 
 
-def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
+def awq_scale(spec: Spec, grid: Grid = weighted, inputs: Spec | None = None) -> Transform:
     """AWQ's scale m_k at every input that can take one, folded upstream. Chain a rounding behind.
 
     x W^T = (x m) (W / m)^T, so the function stays. Inputs whose scale nothing upstream can take
@@ -173,6 +206,8 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
     Args:
         spec: the number grid that the weights will be rounded to, or its name such as "int4-g64".
         grid: how scales and zero points are chosen (see GRIDS).
+        inputs: the number grid that inputs will be rounded to at run time, or its name such as
+            "mxfp4". What that costs is then part of the loss. None leaves them as they are.
 
     Returns:
         A transform of two stages, awq_scale and absorb. The report holds the ratio, the loss, and
@@ -188,13 +223,16 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
         awq_scale for int4-g64, grid weighted
         absorb
     """
-
+    rounding = Rounding(spec=spec, grid=grid, inputs=inputs)
+    needs, detail = {"second_moment", "absmean"}, f"for {described(spec)}, grid {grid.name}"
+    if inputs is not None:
+        needs, detail = needs | {"sample"}, f"{detail}, inputs {inputs}"
     searching, *folding = gauge(
         "awq_scale",
         "*:in",
-        lambda turn: _scale(turn, spec, grid),
-        frozenset({"second_moment", "absmean"}),
-        detail=f"for {described(spec)}, grid {grid.name}",
+        lambda turn: _scale(turn, rounding),
+        needs,
+        detail=detail,
     )
     # Where rounded rows can take a scale, sources are solved one after the other: a value
     # projection is rounded before the scale of the output projection moves its rows.

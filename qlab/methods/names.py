@@ -94,7 +94,11 @@ STEPS: Mapping[str, Step] = {
     "smoothquant": Step(
         lambda text, spec: smoothquant(_number(text, "smoothquant")), "0.5", usual="0.5"
     ),
-    "awq_scale": Step(lambda text, spec: awq_scale(spec)),
+    "awq_scale": Step(
+        lambda text, spec: awq_scale(spec, inputs=_input_spec(text) if text else None),
+        "int8-token",
+        usual="",
+    ),
     "awq_clip": Step(lambda text, spec: awq_clip(spec)),
     "quarot": _plain(quarot),
     "spinquant": Step(

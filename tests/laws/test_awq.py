@@ -13,6 +13,7 @@ from qlab.algebra.absorb import folds
 from qlab.algebra.graph import by_source
 from qlab.algebra.grid import encode, encode_rows, minmax, mse, weighted
 from qlab.algebra.interpret import interpret
+from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import dense
 from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec, with_scale_dtype
@@ -109,6 +110,50 @@ def test_some_source_gains_and_what_cannot_fold_stays_as_it_is(family):
     noted = {s.path: graph.notes[s.path] for s in graph.sites if s.path in graph.notes}
     assert any(n["awq_loss"] < n["awq_rtn_loss"] and n["awq_ratio"] != 0.0 for n in noted.values())
     assert set(noted) == {s.path for s in graph.sites if s.origin in places and not s.router}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_with_rounded_inputs_the_loss_is_of_both_and_falls_in_the_sum(family):
+    """Of sources into whose rows no other scale was folded, by the weights and the sample as they
+    were moved."""
+    seg, spec, inputs = segment(family), parse_spec("int4-g16"), parse_spec("mxfp4")
+    producers = {place.producer.weight for place in folds(seg.graph.code).values()}
+    graph, moved = run(seg.graph, awq_scale(spec, weighted, inputs), seg.stats)
+    checked = 0
+    for source, sites in by_source(seg.graph.sites).items():
+        scored = all("awq_loss" in graph.notes.get(s.path, {}) for s in sites)
+        if not scored or any(s.route or s.weight in producers for s in sites):
+            continue
+        H, x_nk = moved[source, "second_moment"].mean_kk, moved[source, "sample"].x_nk
+        e_nk = QuantizeInput(inputs)(x_nk) - x_nk
+        of_inputs = of_weights = energy = 0.0
+        for site in sites:
+            W = graph.weight_ok(site)
+            q = encode_rows(weighted, W, spec, H.diagonal(), partial(quadratic, H_kk=H))[0]
+            of_weights += error(dense(q) - W, H)
+            of_inputs += float((e_nk @ W.T).square().sum(1).mean())
+            energy += error(W, H)
+        for site in sites:
+            note = graph.notes[site.path]
+            assert note["awq_loss"] == pytest.approx((of_weights + of_inputs) / energy, rel=1e-3)
+            assert note["awq_loss"] <= note["awq_rtn_loss"]
+            checked += 1
+    assert checked
+
+
+def test_a_channel_that_outweighs_all_is_scaled_down_where_inputs_are_rounded():
+    seg, spec, inputs = segment("llama"), parse_spec("int8-g16"), parse_spec("int4-channel")
+    norm, readers = "input_layernorm.weight", ("q_proj", "k_proj", "v_proj")
+    leaves = {norm: seg.graph.params[norm].clone()}
+    leaves[norm][3] *= 100
+    for name in readers:
+        leaf = f"self_attn.{name}.weight"
+        leaves[leaf] = seg.graph.params[leaf].clone()
+        leaves[leaf][:, 3] /= 100
+    loud = seg.graph.update(leaves)
+    graph, _ = run(loud, awq_scale(spec, weighted, inputs), seg.all_stats(loud))
+    note = graph.notes["self_attn.q_proj"]
+    assert note["awq_loss"] < 0.2 * note["awq_rtn_loss"]
 
 
 def test_awq_is_its_scales_and_then_rtn():

@@ -52,6 +52,14 @@ MUTANTS = [
         "awq",
     ),
     Mutant(
+        "rounding of inputs not scored",
+        "methods/awq.py",
+        "Rounding.loss",
+        "return of_weights + input_loss(one.weights, one.x_nk, m_k, self.inputs)",
+        "return of_weights",
+        "awq",
+    ),
+    Mutant(
         "scored with unrounded scales",
         "methods/awq.py",
         "search.scale",
