@@ -108,7 +108,8 @@ class Group:
         if self.randomize:
             order = _order(f"{name.removesuffix('weight')}perm", n, tensor)
             H = H[order][:, order]
-        return (H.mT if place.inverse else H) / n**0.5
+        # rounded once, as what was written: other bits turn codes of inputs of 4 bits
+        return ((H.mT if place.inverse else H).double() / n**0.5).to(self.dtype)
 
     def _stored(
         self, path: str, place: Place, n: int, tensor: Callable[[str], Tensor]
