@@ -80,6 +80,15 @@ def test_what_is_read_is_what_was_written(bits, tile, queries, turned, draw, see
                 assert other.scales is None or torch.equal(one.scales, other.scales)
 
 
+@pytest.mark.parametrize("n", [12, 24, 96, 1536])
+def test_a_hadamard_matrix_is_read_back_bit_for_bit(n):
+    """Of all but 12 the quotient of a root that was rounded before is another number."""
+    turn = MatMul(random_hadamard(n, torch.Generator().manual_seed(0)))
+    _, at = read_back({DOWN: {"input": [turn]}})
+    (read,) = at(DOWN, "input", n)
+    assert torch.equal(read.M_nn, turn.M_nn)
+
+
 def test_golden_words():
     """R4 of two channels and an fp8 cache, written down by hand."""
     scale = torch.tensor([[0.5]])
