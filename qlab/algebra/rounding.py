@@ -26,6 +26,7 @@ from qlab.algebra.measured import (
 )
 from qlab.algebra.qtensor import QTensor, joined_rows, shared_outer
 from qlab.algebra.spec import Spec, with_scale_dtype
+from qlab.algebra.statistic import Elsewhere, here
 from qlab.errors import QlabError
 
 Leaf = Tensor | Structured
@@ -100,6 +101,8 @@ class Copies(Mapping[str, Any]):
 
 
 def _copy(value: Any) -> Any:
+    if isinstance(value, Elsewhere):
+        return value.read()
     return pytree.tree_map_only(Tensor, torch.clone, value)
 
 
@@ -241,7 +244,7 @@ def _solve_rows(
         target=cast(Tensor, leaf) if own else aimed,
         support=support,
         note=note,
-        errors=errors_of(true.target, leaf, seen.get("second_moment")),
+        errors=errors_of(true.target, leaf, here(seen.get("second_moment"))),
     )
 
 

@@ -14,9 +14,10 @@ from qlab.algebra.claims import (
 )
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.groups import turning_with
+from qlab.algebra.statistic import here
 from qlab.algebra.stats import Need, Stats
 from qlab.algebra.transform import Stage
-from qlab.algebra.views import Gauged, Uncovered
+from qlab.algebra.views import EachWeight, Gauged, Uncovered
 from qlab.algebra.wires import open_wires, reached
 from qlab.algebra.zeros import masked, narrowed
 from qlab.errors import QlabError
@@ -76,9 +77,17 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
     return new, new_stats
 
 
+def _in_memory(stage: Stage, stats: Stats) -> Stats:
+    """The statistics, of which those that the stage reads are in memory. A step of one weight gets
+    copies, which are made when it asks for them."""
+    if isinstance(stage.view, EachWeight) and stage.view.by_expert:
+        return stats
+    return {key: here(state) if key[1] in stage.needs else state for key, state in stats.items()}
+
+
 def _run_sealed(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
     """What the stage returns. Refuses one that writes to what it is given, or returns no pair."""
-    given = Observed(stats, stage.name, graph)
+    given = Observed(_in_memory(stage, stats), stage.name, graph)
     as_before = dict(stats)
     seal = Seal(graph, given)
     returned = stage.apply(graph, given)

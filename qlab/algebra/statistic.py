@@ -7,6 +7,7 @@ names are in `qlab.algebra.stats`.
 Legend: x_nk is n tokens by k channels.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -54,6 +55,9 @@ class Stat(NamedTuple):
         name: under which a step finds the state. The statistics of qlab go by the keys of STATS.
         into: what combine gives, in the memory of the first state, which is lost; None where there
             is no such way.
+        grow: (a, observation) -> what combine(a, lift(observation)) gives, to the bit, in the
+            memory of a, which is lost, without a second state; None where there is no such way.
+        sums: whether combine adds states number by number.
 
     Example:
         >>> import qlab, torch
@@ -71,6 +75,21 @@ class Stat(NamedTuple):
     nothing: Callable[[int], Any] = lambda k: None
     name: str = ""
     into: Callable[[Any, Any], Any] | None = None
+    grow: Callable[[Any, Observation], Any] | None = None
+    sums: bool = False
+
+
+class Elsewhere(ABC):
+    """A state that is not in memory."""
+
+    @abstractmethod
+    def read(self) -> Any:
+        """The state, read anew at each call: nobody else has it."""
+
+
+def here(state: Any) -> Any:
+    """The state in memory."""
+    return state.read() if isinstance(state, Elsewhere) else state
 
 
 def in_turn(given: Callable[[int], Any], run: Callable[[int, Any], Any], count: int) -> list[Any]:
@@ -92,23 +111,16 @@ def per_expert(stat: Stat) -> Stat:
     that all experts share, or by vectors of their own [e, 1, k]."""
 
     def lift(o: Observation) -> PerExpert:
-        assert o.ends is not None
         nothing = lambda: _on(o.x_nk, stat.nothing(o.x_nk.shape[1]))
-        other = o.x_nk if o.reference_nk is None else o.reference_nk
-        of_rows = lambda t, rows: None if t is None else t[rows]
-        parts = [
-            Observation(
-                o.x_nk[rows],
-                o.keys[rows],
-                None,
-                other[rows],
-                of_rows(o.received_n, rows),
-                of_rows(o.stream_no, rows),
-                o.segment,
-            )
-            for rows in rows_of(o.ends)
-        ]
+        parts = _by_expert(o)
         return PerExpert(tuple(stat.lift(part) if len(part.keys) else nothing() for part in parts))
+
+    def by_growing(more: Callable[[Any, Observation], Any]) -> Callable[..., PerExpert]:
+        def grow(state: PerExpert, o: Observation) -> PerExpert:
+            pairs = zip(state.states, _by_expert(o))
+            return PerExpert(tuple(more(s, part) if len(part.keys) else s for s, part in pairs))
+
+        return grow
 
     def by(both: Callable[[Any, Any], Any]) -> Callable[[PerExpert, PerExpert], PerExpert]:
         def combine(a: PerExpert, b: PerExpert) -> PerExpert:
@@ -126,7 +138,27 @@ def per_expert(stat: Stat) -> Stat:
         return None if any(s is None for s in moved) else PerExpert(tuple(moved))
 
     into = None if stat.into is None else by(stat.into)
-    return Stat(lift, by(stat.combine), move, stat.nothing, into=into)
+    grow = None if stat.grow is None else by_growing(stat.grow)
+    return Stat(lift, by(stat.combine), move, stat.nothing, into=into, grow=grow, sums=stat.sums)
+
+
+def _by_expert(o: Observation) -> list[Observation]:
+    """What each expert sees of an observation whose rows are sorted by expert."""
+    assert o.ends is not None
+    other = o.x_nk if o.reference_nk is None else o.reference_nk
+    of_rows = lambda t, rows: None if t is None else t[rows]
+    return [
+        Observation(
+            o.x_nk[rows],
+            o.keys[rows],
+            None,
+            other[rows],
+            of_rows(o.received_n, rows),
+            of_rows(o.stream_no, rows),
+            o.segment,
+        )
+        for rows in rows_of(o.ends)
+    ]
 
 
 def _on(like: Tensor, state: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlab.algebra.statistic import Observation, PerExpert, Stat, per_expert
+from qlab.algebra.statistic import Observation, PerExpert, Stat, here, per_expert
 from qlab.errors import QlabError
 
 STRETCH, HELD_OUT = 128, 4  # tokens in a stretch, and of how many stretches one is held out
@@ -104,7 +104,23 @@ def gram(x_nk: Tensor) -> Tensor:
     H_kk = x.new_empty(k, k)
     for i in range(0, k, TILE):
         torch.mm(x[:, i : i + TILE].T, x[:, i:], out=H_kk[i : i + TILE, i:])
-    for i in range(0, k, TILE):  # mirrored tile by tile, which stays in cache
+    return _upper_mirrored_(H_kk)
+
+
+def add_gram_(H_kk: Tensor, x_nk: Tensor) -> Tensor:
+    """H + x^T x in the memory of a symmetric H: the bits of H + gram(x), without a second matrix
+    [k, k]."""
+    x, k = x_nk.float(), x_nk.shape[1]
+    strip_tk = x.new_empty(min(TILE, k), k)  # columns lie in it as in H, for the same products
+    for i in range(0, k, TILE):
+        product = strip_tk[: k - i, i:]
+        H_kk[i : i + TILE, i:] += torch.mm(x[:, i : i + TILE].T, x[:, i:], out=product)
+    return _upper_mirrored_(H_kk)
+
+
+def _upper_mirrored_(H_kk: Tensor) -> Tensor:
+    """H with its upper triangle in the place of the lower one, too."""
+    for i in range(0, len(H_kk), TILE):  # tile by tile, which stays in cache
         tile, beyond = H_kk[i : i + TILE, i : i + TILE], i + TILE
         tile.copy_(tile.triu() + tile.triu(1).T)
         H_kk[beyond:, i:beyond] = H_kk[i:beyond, beyond:].T
@@ -246,6 +262,8 @@ STATS: dict[str, Stat] = {
         _move_moment,
         _no_moment,
         into=add_into,
+        grow=lambda a, o: Moment(add_gram_(a.sum_kk, o.x_nk), a.tokens + o.x_nk.shape[0]),
+        sums=True,
     ),
     "drift": Stat(
         _drift,
@@ -253,6 +271,7 @@ STATS: dict[str, Stat] = {
         _move_moment,
         _no_moment,
         into=add_into,
+        sums=True,
     ),
     # The part of both on which a choice that was made on the rest is judged.
     "held_out": Stat(
@@ -261,6 +280,7 @@ STATS: dict[str, Stat] = {
         lambda s, M: Drifting(*(_move_moment(moment, M) for moment in s)),
         lambda k: Drifting(_no_moment(k), _no_moment(k)),
         into=lambda a, b: Drifting(*map(add_into, a, b)),
+        sums=True,
     ),
     # What the attention that tokens receive adds to their weight in the second moment.
     "received": Stat(_received, add_known, _move_moment, _no_moment, into=_known_into),
@@ -271,7 +291,9 @@ STATS: dict[str, Stat] = {
     ),
     # Of the other tokens. With those that are held out they make up the whole, which need not be
     # multiplied once more.
-    "drift_fitted": Stat(_of_fitted(_drift), add_moments, _move_moment, _no_moment, into=add_into),
+    "drift_fitted": Stat(
+        _of_fitted(_drift), add_moments, _move_moment, _no_moment, into=add_into, sums=True
+    ),
     "stream_fitted": Stat(
         _of_fitted(_stream_drift), add_known, _move_stream, _no_stream, into=_known_into
     ),
@@ -329,7 +351,7 @@ def transport(stats: Stats, source: str, M: Tensor) -> Stats:
     for key, state in stats.items():
         if key[0] == source:
             stat = stat_of(key[1], isinstance(state, PerExpert))
-            moved[key] = stat.transport(state, M)
+            moved[key] = stat.transport(here(state), M)
     return {key: state for key, state in moved.items() if state is not None}
 
 

@@ -202,6 +202,7 @@ class _Totals(Totals):
     ):
         super().__init__(graph, keys, experts, division.size, division.offload)
         self.division, self.ranks, self.parts = division, division.ranks, division.parts
+        self.part = {}  # one batch too goes to its owner before it is added
         self.own = self.parts.numbers(self.ranks.rank, self.ranks.world)
         asked = sorted(keys, key=_named)
         _refuse_alike(asked)

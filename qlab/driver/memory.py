@@ -9,18 +9,26 @@ import psutil
 import torch
 
 from qlab.algebra.graph import Code, Site, by_source
+from qlab.algebra.measured import AT_ONCE_BY_H
 from qlab.algebra.transform import Stage
-from qlab.algebra.views import EverySegment, Gauged, Uncovered, WholeBlock, WholeModelBasis
+from qlab.algebra.views import (
+    EachWeight,
+    EverySegment,
+    Gauged,
+    Uncovered,
+    WholeBlock,
+    WholeModelBasis,
+)
 from qlab.data.calibration import Data
 from qlab.driver.batches import batch_tokens
-from qlab.driver.foreseen import FP32, Measured, Running, around_bytes, state_bytes
+from qlab.driver.foreseen import FP32, Measured, Running, around_bytes
 from qlab.driver.job import Job
 from qlab.driver.learning import KEPT
-from qlab.driver.parts import Parts
 from qlab.driver.scores import score_bytes
 from qlab.driver.shares import Moment, Shares
 from qlab.driver.sites import Sites
 from qlab.driver.solve import HELD
+from qlab.driver.sums import Sums
 from qlab.model.skeleton import Skeleton
 
 # copies of a weight in fp32: a solver's, and while the errors of a solved weight are measured
@@ -28,9 +36,6 @@ SOLVER_COPIES, ERRORS = 5, 4
 # Of all weights that a step learns in a block, in fp32, that it holds at once: weights, parameters,
 # gradients, and what the rounding keeps for the way back. auto_round held 8.5, qat 9.5.
 LEARNING_COPIES = 9
-# statistic -> the matrices of its state, each as large as a second moment or less
-BESIDE = {"held_out": 2, "received": 1, "stream_drift": 1, "stream_held_out": 1}
-BESIDE |= {"drift_fitted": 1, "stream_fitted": 1}
 BACKWARD = 2  # times the activations of a forward pass: they are kept, and have gradients
 
 
@@ -42,13 +47,15 @@ def predict_memory(
     measured: Measured = MappingProxyType({}),
     sharded: int = 1,
     process: int | None = None,
+    divided: bool = False,
 ) -> dict[str, int]:
     """Bytes at the widest moment of a run, by what holds them.
 
     The moments are: copying the weights outside the blocks, entering the first block, observing,
     solving and leaving each block, and what binds measure. experts_at_once: of how many experts
     statistics are held at a time (None: of all). sharded: the ranks over which the weights of a
-    block are sharded. process: what the process takes before all this; None asks it.
+    block are sharded. process: what the process takes before all this; None asks it. divided:
+    whether it is one of several ranks.
     """
     process = psutil.Process().memory_info().rss if process is None else process
     moments = [_outside_the_blocks(skeleton, sites)]
@@ -62,20 +69,36 @@ def predict_memory(
     for path, code in sites.codes.items():
         if not code.sites:  # nothing is observed or solved
             continue
+        weights = {site: sites.shapes[f"{path}.{site.path}"] for site in code.sites}
+        sums = Sums(
+            job=job,
+            path=path,
+            code=code,
+            weights=weights,
+            experts_at_once=experts_at_once,
+            divided=divided,
+            lie=job.offload is not None and not divided and skeleton.device.type == "cpu",
+        )
         block = _Block(
             job=job,
             path=path,
             code=code,
-            weights={site: sites.shapes[f"{path}.{site.path}"] for site in code.sites},
+            weights=weights,
             size=skeleton.dtype.itemsize,
-            experts_at_once=experts_at_once,
+            sums=sums,
             shares=Shares(job, skeleton, path, code, sharded),
         )
-        leaves = block.shares.held(block.streams)
+        leaves = block.shares.held(block.sums.streams)
         moments += [{**leaves, **moment} for moment in block.moments()]
         moments += block.measuring(skeleton, len(sites.codes), measured)
     widest = max(moments, key=lambda moment: sum(moment.values()))
     return {"process": process, **widest}
+
+
+def _measured_at_once(stage: Stage) -> int | None:
+    """The numbers of a weight of which errors are measured at once; None: of all."""
+    leaves = stage.view.leaves if isinstance(stage.view, EachWeight) else ""
+    return AT_ONCE_BY_H if stage.spec is not None and not leaves else None
 
 
 def _outside_the_blocks(skeleton: Skeleton, sites: Sites) -> Moment:
@@ -109,7 +132,7 @@ class _Block:
         code: Its program.
         weights: Site -> the shape [..., o, k] of its weight.
         size: Bytes of one number of the activations.
-        experts_at_once: Of how many experts statistics are held at a time, or None: of all.
+        sums: Its statistics.
         shares: What each of several ranks has of its weights.
     """
 
@@ -118,7 +141,7 @@ class _Block:
     code: Code
     weights: Mapping[Site, torch.Size]
     size: int
-    experts_at_once: int | None
+    sums: Sums
     shares: Shares
 
     def moments(self) -> Iterator[Moment]:
@@ -143,7 +166,7 @@ class _Block:
         numbers = sum(p.numel() for p in skeleton.blocks[self.path].parameters())
         forward = self._activations_of(data.longest, FP32)
         scores = score_bytes(self.code, data.longest, 1) * FP32 // self.size
-        widest = FP32 * max(self.widths) ** 2
+        widest = FP32 * max(self.sums.widths) ** 2
         for place, of in measured.items():
             if of is None:
                 continue
@@ -152,7 +175,7 @@ class _Block:
             if of.moments:
                 yield {
                     "block": FP32 * numbers,
-                    "statistics": FP32 * of.moments * max(self._widest_of_sources),
+                    "statistics": FP32 * of.moments * max(self.sums.widest_of_sources),
                     "solver": SOLVER_COPIES * FP32 * self.largest + workspace,
                     "waiting": self.waiting,
                     "activations": forward + scores,
@@ -162,9 +185,11 @@ class _Block:
     def _observing(self, data: Data) -> Iterator[Moment]:
         activations = self._activations(data, self.size) + self._scores(data)
         if self.size < FP32:  # an input is converted for its second moment
-            activations += self._tokens(data) * FP32 * max(self.widths)
+            activations += self._tokens(data) * FP32 * max(self.sums.widths)
+        rounds = any(stage.spec is not None for stage in self.job.recipe)
         yield {
-            "statistics": self.statistics + self._added(data),
+            "codes": self.codes if self.in_order and rounds else 0,  # of the sources before
+            "statistics": self.sums.statistics + self.sums.added(data),
             "activations": activations,
             "waiting": self.waiting,
         }
@@ -176,7 +201,7 @@ class _Block:
         kept = any(stage.view.keeps_function for stage in self.job.recipe)
         if self.size < FP32 and kept:  # one batch checks it in fp32
             yield {
-                "statistics": self.statistics,
+                "statistics": self.sums.statistics,
                 "activations": self._activations(data, FP32)
                 + self._scores(data) * FP32 // self.size,
                 "waiting": self.waiting,
@@ -186,7 +211,7 @@ class _Block:
         """How many numbers a step turns at once, in the block and in the reference beside it."""
         if not self.in_order:
             return sum(self.shared)
-        return max(self.shared) if stage.view.site_by_site else self.streams * sum(self.shared)
+        return max(self.shared) if stage.view.site_by_site else self.sums.streams * sum(self.shared)
 
     def _solving(self) -> Iterator[Moment]:
         moved = 0
@@ -195,19 +220,26 @@ class _Block:
             if isinstance(stage.view, Gauged):  # weights stay in fp32 until they are rounded
                 moved += FP32 * self._turned_by(stage)
             matrices = stage.workspace if stage.needs else 0
-            solving = FP32 * self._copied(stage) + matrices * self.square
+            solving = FP32 * self._copied(SOLVER_COPIES, stage.at_once)
+            solving += matrices * self.sums.square
+            measuring = FP32 * self._copied(ERRORS, _measured_at_once(stage))
+            statistics = self.sums.statistics
+            if self.sums.lie and isinstance(stage.view, EachWeight) and stage.view.by_expert:
+                statistics = self.sums.read_in_turn
+                measuring += self.sums.square if "second_moment" in stage.needs else 0
             yield {
                 "moved weights": moved,
                 "codes": self.codes if stage.spec is not None else 0,
-                "statistics": self.statistics,
+                "statistics": statistics,
                 "waiting": self.waiting,
-                "solver": max(solving, ERRORS * FP32 * self.largest),
+                "solver": max(solving, measuring),
             }
 
-    def _copied(self, stage: Stage) -> int:
-        """The numbers of the largest weight that a solver holds, in all of its copies."""
-        at_once = min(stage.at_once or self.largest, self.largest)
-        return SOLVER_COPIES * at_once + (self.largest if at_once < self.largest else 0)
+    def _copied(self, copies: int, at_once: int | None) -> int:
+        """The numbers of the largest weight that are held in so many copies: all of them, or so
+        many at once beside one copy."""
+        at_once = min(at_once or self.largest, self.largest)
+        return copies * at_once + (self.largest if at_once < self.largest else 0)
 
     def _learning(self, data: Data) -> Iterator[Moment]:
         """What steps hold that see the whole block, with one window on its way back."""
@@ -227,7 +259,7 @@ class _Block:
                 **self.shares.lent(),
                 "learning": LEARNING_COPIES * FP32 * self.shares.learned(shapes),
                 "targets": min(KEPT, targets) if self.shares.ranks == 1 else targets,
-                "statistics": sum(self.moments_kk) if "second_moment" in stage.needs else 0,
+                "statistics": sum(self.sums.moments_kk) if "second_moment" in stage.needs else 0,
                 "activations": BACKWARD * (self._activations(data, self.size) + self._scores(data)),
             }
 
@@ -236,26 +268,6 @@ class _Block:
         """Whether sources are solved one after another."""
         return self.job.in_order(self.code)
 
-    @cached_property
-    def source_by_source(self) -> bool:
-        """Whether statistics are observed for one source at a time."""
-        return self.job.source_by_source(self.code)
-
-    @property
-    def streams(self) -> int:
-        """Of hidden states: the reference's run beside the quantized model's, or not."""
-        return 2 if self.job.runs_reference else 1
-
-    @cached_property
-    def sources(self) -> list[Site]:
-        """The first site of every source."""
-        return [sites[0] for sites in by_source(self.code.sites).values()]
-
-    @property
-    def widths(self) -> list[int]:
-        """The input channels k of every source."""
-        return [self.weights[site][-1] for site in self.sources]
-
     @property
     def shared(self) -> list[int]:
         """The numbers in all weights of a source, for every source."""
@@ -263,12 +275,6 @@ class _Block:
             sum(self.weights[site].numel() for site in sites)
             for sites in by_source(self.code.sites).values()
         ]
-
-    @property
-    def _widest_of_sources(self) -> list[int]:
-        """The numbers of a matrix [k, k] for each weight of a source, and of two more."""
-        groups = by_source(self.code.sites).values()
-        return [(len(sites) + 2) * self.weights[sites[0]][-1] ** 2 for sites in groups]
 
     @property
     def codes(self) -> int:
@@ -281,87 +287,6 @@ class _Block:
         """The numbers of the largest weight [o, k]; experts are solved one by one."""
         return max(shape[-2] * shape[-1] for shape in self.weights.values())
 
-    @property
-    def square(self) -> int:
-        """Bytes of the largest second moment [k, k], 0 where none is observed."""
-        return FP32 * max(k * seen for k, seen in zip(self.widths, self._observed)) ** 2
-
-    @property
-    def moments_kk(self) -> list[int]:
-        """Bytes of the second moment of every source, of as many experts as are held at once."""
-        return [
-            FP32 * k**2 * self._experts_held(site) * seen
-            for site, k, seen in zip(self.sources, self.widths, self._observed)
-        ]
-
-    @cached_property
-    def _observed(self) -> list[bool]:
-        """Of every source whether its second moment is observed."""
-        asking = [stage for stage in self.job.recipe if "second_moment" in stage.needs]
-        return [
-            any(stage.touches(f"{self.path}.{s.path}", s) for stage in asking for s in sites)
-            for sites in by_source(self.code.sites).values()
-        ]
-
-    @cached_property
-    def statistics(self) -> int:
-        """Bytes of the statistics that are held at once."""
-        own = self._own_states
-        held = max(own) if self.source_by_source else sum(own)
-        # a step that reads a state, or a batch that is added to it, takes two more of that size
-        return self._second_moments + held + 2 * max(own)
-
-    def _added(self, data: Data) -> int:
-        """Bytes of sums that grow beside the totals of second moments: that of a part of several
-        batches, in whose place totals may be offloaded, and that of a batch."""
-        batches = len(data.batches(batch_tokens([self.job.recipe])))
-        if batches == 1:
-            return 0
-        totals, largest = self._second_moments, self._of_each_source * max(self.moments_kk)
-        if Parts(batches).size == 1:  # a part is a batch
-            return totals
-        return largest if self.job.offload is not None else totals + largest
-
-    @property
-    def _own_states(self) -> list[int]:
-        """Bytes of the states of statistics that are a recipe's own, for every source: as large as
-        those that no token reached."""
-        sizes: list[int] = []
-        for sites in by_source(self.code.sites).values():
-            k, experts = self.weights[sites[0]][-1], self._experts_held(sites[0])
-            needs = {
-                need
-                for stage in self.job.recipe
-                for site in sites
-                if stage.touches(f"{self.path}.{site.path}", site)
-                for need in stage.needs
-                if not isinstance(need, str)
-            }
-            sizes.append(experts * sum(state_bytes(need, k) for need in needs))
-        return sizes
-
-    @property
-    def _second_moments(self) -> int:
-        """Bytes of the second moments that are held at once. The drift, which is observed beside
-        the reference, is as large as a second moment, and both are observed again of the tokens
-        that are held out. What the attention adds to it is as large too, and the drift of the
-        stream [o, k] is counted as if it was."""
-        if not self.square:
-            return 0
-        held = max(self.moments_kk) if self.source_by_source else sum(self.moments_kk)
-        return self._of_each_source * held
-
-    @property
-    def _of_each_source(self) -> int:
-        """The matrices that a source has, each as large as its second moment."""
-        return self.streams + sum(BESIDE[name] for name in BESIDE if name in self.job.statistics)
-
-    def _experts_held(self, site: Site) -> int:
-        if not site.route:
-            return 1
-        experts = self.weights[site][0]
-        return min(experts, self.experts_at_once or experts)
-
     @cached_property
     def waiting(self) -> int:
         """Bytes of what waits inside the block while a source is solved: the hidden states and the
@@ -370,8 +295,8 @@ class _Block:
         if data is None or not self.in_order:
             return 0
         hidden = self.weights[self.code.sites[0]][-1]
-        widest = max(k * self._rows(site) for site, k in zip(self.sources, self.widths))
-        return min(HELD, self.streams * data.count * self.size * (hidden + widest))
+        widest = max(k * self._rows(site) for site, k in zip(self.sums.sources, self.sums.widths))
+        return min(HELD, self.sums.streams * data.count * self.size * (hidden + widest))
 
     def _rows(self, site: Site) -> int:
         """How many rows of a site's input one token is."""

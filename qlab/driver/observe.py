@@ -185,7 +185,8 @@ class Totals:
         keys: The statistics.
         experts: The experts of which statistics are kept (None: all).
         size: How many batches a part has.
-        offload: The folder in which totals lie while parts of several batches are summed.
+        offload: The folder in which totals lie when they are whole, and while parts of several
+            batches are summed.
     """
 
     def __init__(
@@ -198,11 +199,12 @@ class Totals:
     ):
         self.graph, self.keys, self.experts, self.size = graph, keys, experts, size
         self.tokens = dict.fromkeys((source for source, _ in keys), 0)
-        self.batches = 0
-        self.part: dict[Key, Any] = {}
+        self.batches, self.offload = 0, offload
         self.totals: MutableMapping[Key, Any] = {}
-        if offload is not None and size > 1:  # a part of one batch is there with its total anyway
+        if offload is not None and size > 1:
             self.totals = Away(offload)
+        # what is of one batch goes into the total as it is made
+        self.part: MutableMapping[Key, Any] = {} if size > 1 else self.totals
 
     def add(
         self,
@@ -224,9 +226,7 @@ class Totals:
                 observation = replace(observation, stream_no=stream_no)
             needs = [need for of_source, need in self.keys if of_source == source]
             for need in sorted(needs, key=name_of):
-                stat, key = stat_of(need, observation.ends is not None), (source, need)
-                # under no name here: a part may end while it would be held
-                self._combine(self.part, key, called(self._what(key), stat.lift, observation))
+                self._add((source, need), observation)
         self.batches += 1
         if self.batches % self.size == 0:
             self._end_part()
@@ -236,21 +236,38 @@ class Totals:
         """The statistics of all batches."""
         if self.batches % self.size:
             self._end_part()
-        return dict(self.totals)
+        if self.offload is None:
+            return dict(self.totals)
+        away = self.totals
+        if not isinstance(away, Away):
+            away = Away(self.offload)
+            away.update(self.totals)
+        return {key: away.lying(key) for key in away}
 
     def _end_part(self) -> None:
         """Add the part to those before it."""
-        while self.part:
+        while self.part is not self.totals and self.part:
             key, state = self.part.popitem()
             self._combine(self.totals, key, state)
 
+    def _add(self, key: Key, observation: Observation) -> None:
+        """Add a statistic of one batch to the part."""
+        stat, what = stat_of(key[1], observation.ends is not None), self._what(key)
+        if stat.grow is not None and key in self.part:
+            self.part[key] = called(what, stat.grow, self.part[key], observation)
+        else:
+            # under no name here: a part may end while it would be held
+            self._combine(self.part, key, called(what, stat.lift, observation))
+
     def _combine(self, states: MutableMapping[Key, Any], key: Key, state: Any) -> None:
         """Add a state to what is there, which is nobody else's."""
+        stat, what = stat_of(key[1], isinstance(state, PerExpert)), f"{self._what(key)}, combined,"
+        if stat.sums and isinstance(states, Away) and key in states:
+            states.add(key, state)
+            return
         earlier = states.get(key)
         if earlier is not None:
-            stat = stat_of(key[1], isinstance(state, PerExpert))
-            both = stat.into or stat.combine
-            state = called(f"{self._what(key)}, combined,", both, earlier, state)
+            state = called(what, stat.into or stat.combine, earlier, state)
         states[key] = state
 
     def _what(self, key: Key) -> str:

@@ -70,6 +70,7 @@ def memory_of_rank(
         experts_at_once=experts_at_once,
         sharded=ranks if is_sharded else 1,
         process=process,
+        divided=ranks > 1,
     )
     alone = predict(job, measured=measured)
     if ranks == 1 or job.data is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.statistic import here
 from qlab.algebra.stats import Stats
 from qlab.driver.batches import batch_tokens, in_batches
 from qlab.driver.job import Job
@@ -90,7 +91,7 @@ class Shelved:
             seen = observe(now, unseen)
             self.known.refuse_changed()
             for key in unseen & identities.keys():
-                self.shelf.put(identities[key], seen[key], self.about)
+                self.shelf.put(identities[key], here(seen[key]), self.about)
             return {**stats, **seen}
 
         return observe_shelved

@@ -93,19 +93,18 @@ def _codes_of_rows(
 ) -> Tensor:
     """`codes_on` of some rows."""
     scales, zeros, spec = grid
-    W = W_ok.index_select(1, order).masked_fill_(factor.dead.to(W_ok.device), 0)
     rows, cols = spec.tile.sizes(W_ok.shape)
 
     def per_column(x_ag: Tensor) -> Tensor:
         """[a, g] -> [k, o], in solving order."""
-        x_go = x_ag.T.to(W.dtype).repeat_interleave(rows, 1)[:, : len(W)]
+        x_go = x_ag.T.to(W_ok.dtype).repeat_interleave(rows, 1)[:, : len(W_ok)]
         return x_go.index_select(0, order // cols)
 
-    codes_ko = W.new_empty(W.shape[1], W.shape[0])
+    codes_ko = W_ok.new_empty(W_ok.shape[1], W_ok.shape[0])
     c = codes_ko.unbind()
     s = per_column(scales).unbind()
     z = None if zeros is None else per_column(zeros).unbind()
-    free = None if support is None else support.T.to(W.dtype).index_select(0, order).unbind()
+    free = None if support is None else support.T.to(W_ok.dtype).index_select(0, order).unbind()
 
     def project(w_o: Tensor, j: int, out_o: Tensor) -> None:
         torch.div(w_o, s[j], out=c[j])
@@ -116,8 +115,14 @@ def _codes_of_rows(
         if free is not None:
             out_o.mul_(free[j])
 
-    obs_sweep(W, factor.R_kk, project, block)
-    return codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype)
+    obs_sweep(
+        W_ok.index_select(1, order).masked_fill_(factor.dead.to(W_ok.device), 0),
+        factor.R_kk,
+        project,
+        block,
+    )
+    codes_ko = codes_ko.to(spec.code_dtype)
+    return codes_ko[order.argsort()].T.contiguous()
 
 
 def gptq(

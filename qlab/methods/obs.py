@@ -134,8 +134,10 @@ def obs_sweep(
     An error reaches the columns of its own block at once, those of its span in one product per
     block, and those behind it in one product per span, which is wide enough to run at full speed.
     """
-    W_ko = W_ok.T.contiguous()  # a column is a contiguous row here
-    out_ko, E_ko = torch.empty_like(W_ko), torch.empty_like(W_ko)
+    # a column is a contiguous row here
+    W_ko = W_ok.T.clone(memory_format=torch.contiguous_format)
+    del W_ok  # where it is nobody else's, it is not held beside its copy
+    out_ko, E_ko = torch.empty_like(W_ko), W_ko  # a column is read no more when it has an error
     k, inner = len(W_ko), Substitution(min(block, len(W_ko)), W_ko)
     for span, starts in spans(k, block):
         first = span.start

@@ -38,7 +38,7 @@ class Place:
         return laid.permute(inverse).expand(self.expanded).requires_grad_(self.needs_gradient)
 
 
-def _flat(t: Tensor) -> tuple[Place, Tensor]:
+def flat_of(t: Tensor) -> tuple[Place, Tensor]:
     """A tensor's place and bytes."""
     plain = t.detach().resolve_conj().resolve_neg()
     for axis, stride in enumerate(plain.stride()):
@@ -74,7 +74,7 @@ class _Packing(pickle.Pickler):
         if not isinstance(part, Tensor) or part.is_meta:
             return None
         if id(part) not in self.known:
-            place, flat = _flat(part)
+            place, flat = flat_of(part)
             self.known[id(part)] = (part, (len(self.tensors), place))
             self.tensors.append(flat)
         return self.known[id(part)][1]

@@ -81,13 +81,16 @@ def test_the_plan_predicts_the_peak_of_a_wide_model(method, dtype, intermediate,
     assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
 
 
-def test_a_plan_knows_that_sums_of_many_batches_are_offloaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize("windows", [1, MOST, MOST + 1])
+def test_a_plan_knows_that_a_matrix_less_is_in_memory_with_offload(windows, tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "BATCH_TOKENS", 16)
     model = open_checkpoint(llama(tmp_path / "model", 128, 4096, 1))
-    data, square = from_ids(model, torch.zeros(MOST + 1, 16, dtype=torch.long)), 4 * 4096**2
-    plain, away = (plan(model, gptq(INT4), data, offload=of) for of in (None, tmp_path / "off"))
-    assert plain.memory["statistics"] == 3 * square  # the total, a part's sum, and a batch's
-    assert square / 2 < plain.peak_bytes - away.peak_bytes <= square
+    data, square = from_ids(model, torch.zeros(windows, 16, dtype=torch.long)), 4 * 4096**2
+    plain, away = (
+        plan(model, gptq(INT4), data, offload=of).memory for of in (None, tmp_path / "off")
+    )
+    held = [sum(memory.values()) - memory["process"] for memory in (plain, away)]
+    assert held[0] - held[1] == square and plain["statistics"] - square == away["statistics"]
 
 
 def test_a_plan_counts_the_codes_of_experts_before_they_are_joined(saved):
@@ -197,8 +200,8 @@ def test_experts_whose_statistics_do_not_fit_are_observed_in_parts_that_do(exact
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
     # two batches, so that moments are added up
     free = measure(exact_job, path, "rtn-weighted", 17)
-    # a second moment has 4 MiB, there are 32, and up to two of each at a time
-    budget = int(free["peak"] - 150 * MiB)
+    # a second moment has 4 MiB, and there are 32
+    budget = int(free["peak"] - 75 * MiB)
     tight = measure(exact_job, path, "rtn-weighted", 17, memory=budget)
     assert free["at_once"] is None and tight["at_once"] in (4, 8, 16)
     assert tight["peak"] <= budget and tight["predicted"] <= budget, (free, tight)

@@ -12,7 +12,7 @@ from segments import normal, untouched
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.statistic import Observation, per_expert
-from qlab.algebra.stats import STATS, Moment, gram, quadratic, sample, transport
+from qlab.algebra.stats import STATS, TILE, Moment, add_gram_, gram, quadratic, sample, transport
 
 EVERY = {**STATS, "sample of 7": sample(7)}
 # which every matrix moves
@@ -86,6 +86,35 @@ def test_combining_in_place_gives_the_same_bits(name, source):
     of_parts = [(parts[0], [2, 2]), (parts[1], [1, len(parts[1].keys)])]
     states = lambda: [experts.lift(replace(p, ends=torch.tensor(ends))) for p, ends in of_parts]
     close(experts.combine(*states()).states, experts.into(*states()).states, tolerance=0)
+
+
+@pytest.mark.parametrize("name", [name for name in STATS if STATS[name].grow])
+@given(source=SOURCES)
+def test_growing_by_a_batch_gives_the_same_bits(name, source):
+    stat, experts = STATS[name], per_expert(STATS[name])
+    first, then = cut(observation(source[0] + 3, *source[1:]), 2)
+    both = stat.combine(stat.lift(first), stat.lift(then))
+    close(both, stat.grow(stat.lift(first), then), tolerance=0)
+    first, then = (  # the second expert sees no token of the first part, the first none behind it
+        replace(part, ends=torch.tensor([count, len(part.keys)]))
+        for part, count in ((first, len(first.keys)), (then, 0))
+    )
+    both = experts.combine(experts.lift(first), experts.lift(then))
+    close(both.states, experts.grow(experts.lift(first), then).states, tolerance=0)
+
+
+def test_growing_gives_the_same_bits_where_a_matrix_has_several_tiles():
+    x = normal(40, 2 * TILE + 13, seed=0)
+    a, b = gram(x[:11]), gram(x[11:])
+    assert torch.equal(a + b, add_gram_(a, x[11:]))
+
+
+@pytest.mark.parametrize("name", [name for name in STATS if STATS[name].sums])
+@given(source=SOURCES)
+def test_sums_are_combined_number_by_number(name, source):
+    a, b = map(STATS[name].lift, cut(observation(source[0] + 3, *source[1:]), 2))
+    added = pytree.tree_map(lambda x, y: x + y, a, b)
+    close(added, STATS[name].combine(a, b), tolerance=0)
 
 
 @laws

@@ -143,11 +143,8 @@ A_so[start - first : stop - first].addmm(
         "the sweep writes to its input",
         "methods/obs.py",
         "obs_sweep",
-        "torch.sub(w[i], out[i], out=e_o)",
-        """\
-torch.sub(w[i], out[i], out=e_o)
-w[i].copy_(out[i])
-""",
+        "W_ok.T.clone(memory_format=torch.contiguous_format)",
+        "W_ok.T.contiguous()",
         "gptq",
     ),
     Mutant(

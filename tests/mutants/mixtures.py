@@ -6,7 +6,7 @@ MUTANTS = [
     Mutant(
         "mixture: one statistic for all experts",
         "algebra/statistic.py",
-        "per_expert.lift",
+        "_by_expert",
         "Observation(o.x_nk[rows], o.keys[rows], None, other[rows], "
         "of_rows(o.received_n, rows), of_rows(o.stream_no, rows), o.segment)",
         "Observation(o.x_nk, o.keys, None, other, o.received_n, o.stream_no, o.segment)",

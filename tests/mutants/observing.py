@@ -30,7 +30,7 @@ MUTANTS = [
     Mutant(
         "lower triangle not mirrored",
         "algebra/stats.py",
-        "gram",
+        "_upper_mirrored_",
         "H_kk[beyond:, i:beyond] = H_kk[i:beyond, beyond:].T",
         "H_kk[beyond:, i:beyond] = 0",
         "stats",
