@@ -13,7 +13,8 @@ Usage: python experiments/large.py blocks FOLDER [blocks=2] [samples=2] [length=
 in sparse files: they take no room and no run reads them. The weights whose names end as `rtn` says
 are rounded to nearest, and all others are solved by GPTQ, with `sweeps` of coordinate descent (0:
 as in its paper). It plans the whole, runs the first blocks by `qlab.rehearse` with states and sums
-of statistics in FOLDER, and compares the predicted peak with the measured one.
+of statistics in FOLDER, and compares the predicted peak with the measured one. The model is written
+by a process of its own, since a process keeps some of the memory that it wrote with.
 
 `speed` writes a model of blocks of hidden size 2048 and takes turns: a plain copy of its files,
 synced as every run of qlab syncs what it writes, a copy that is not synced, RTN (`quantize`), and
@@ -35,6 +36,8 @@ import shutil
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -140,10 +143,16 @@ def write_model(folder, layers, hidden, intermediate, vocabulary, real):
     write_sparsely(folder / "around.safetensors", around, dict.fromkeys(around, KNOWN))
 
 
+def apart(write, *arguments):
+    """Write a model in a process of its own, whose memory is gone when the run begins."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(write, *arguments).result()
+
+
 def blocks(folder, options):
     """The plan of the whole and the first blocks, run."""
     sizes = [int(options[n]) for n in ("layers", "hidden", "intermediate", "vocabulary")]
-    write_model(folder / "model", *sizes, real=int(options["blocks"]))
+    apart(write_model, folder / "model", *sizes, int(options["blocks"]))
     model = qlab.open(folder / "model")
     shape = int(options["samples"]), int(options["length"])
     known = min(KNOWN, sizes[-1])
@@ -271,7 +280,7 @@ def openings_of(folder):
 
 def experts(folder, options):
     """The plan of the whole and the first blocks of a mixture, rounded and solved."""
-    write_mixture(folder / "model", options)
+    apart(write_mixture, folder / "model", options)
     model = qlab.open(folder / "model")
     shape = int(options["samples"]), int(options["length"])
     known = min(KNOWN, int(options["vocabulary"]))

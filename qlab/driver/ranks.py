@@ -83,7 +83,8 @@ class Ranks:
             return value if self.rank == to else None
         if self.rank not in (source, to):
             return None
-        return self._moved(value, source, to)
+        moved = self._moved(value, source, to)
+        return moved if self.rank == to else None
 
     def all_told(self, value: T) -> list[T]:
         """The value of every rank, on every rank: plain data."""
