@@ -56,12 +56,21 @@ RECIPES = {
     "spinquant": lambda spec: chain(spinquant(spec, steps=1), rtn(spec)),
     "allocate": lambda spec: allocate([rtn(parse_spec("int3-g64")), rtn(spec)], 4),
     "gptq in attention": gptq_in_attention,
+    "gptq without sweeps": lambda spec: METHODS["gptq"](spec, sweeps=0),
     "auto_round": learned(auto_round),
     "qat": learned(qat),
 }
 
 
-def peak(path: str, out: str, method: str, samples: int, length: int, memory: int | None) -> dict:
+def peak(
+    path: str,
+    out: str,
+    method: str,
+    samples: int,
+    length: int,
+    memory: int | None,
+    offload: str | None = None,
+) -> dict:
     """What a job held at most, and what its plan said."""
     model = open_checkpoint(path)
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +79,7 @@ def peak(path: str, out: str, method: str, samples: int, length: int, memory: in
     recipe = (METHODS | RECIPES)[method](INT4)
     measures = any(isinstance(stage, Bind) for stage in recipe)
     before = plan(model, recipe, data, memory=memory) if measures else None
-    result = quantize(model, recipe, data, out, memory=memory)
+    result = quantize(model, recipe, data, out, memory=memory, offload=offload)
     planned = before or result.plan  # what a bind measured is known to the plan of what it returned
     return {
         "peak": result.peak_rss_bytes,

@@ -50,11 +50,20 @@ def llama(
     return path
 
 
-def measure(job, path, method: str, samples: int = 4, length: int = 128, memory=None) -> dict:
+def measure(
+    job, path, method: str, samples: int = 4, length: int = 128, memory=None, **options
+) -> dict:
     """The peak and the prediction of one job."""
-    out = path.with_name(f"out-{memory}")
+    out = path.with_name("-".join(["out", str(memory), *options]))
     return job(
-        "peak", path=path, out=out, method=method, samples=samples, length=length, memory=memory
+        "peak",
+        path=path,
+        out=out,
+        method=method,
+        samples=samples,
+        length=length,
+        memory=memory,
+        **options,
     )
 
 
@@ -91,6 +100,18 @@ def test_a_plan_knows_that_a_matrix_less_is_in_memory_with_offload(windows, tmp_
     )
     held = [sum(memory.values()) - memory["process"] for memory in (plain, away)]
     assert held[0] - held[1] == square and plain["statistics"] - square == away["statistics"]
+
+
+def test_with_offload_a_matrix_less_is_held_and_the_plan_says_so(exact_job, tmp_path):
+    path, square = llama(tmp_path / "model", 512, 4096, 1, torch.bfloat16), 4 * 4096**2
+    plain = measure(exact_job, path, "gptq without sweeps", 17)  # two batches
+    away = measure(exact_job, path, "gptq without sweeps", 17, offload=tmp_path / "off")
+    for seen in (plain, away):
+        assert abs(seen["predicted"] / seen["peak"] - 1) < 0.15, seen
+    assert plain["peak"] - away["peak"] > square / 2, (plain, away)
+    first, second = (tensors(tmp_path / name) for name in ("out-None", "out-None-offload"))
+    assert all(bits_equal(tensor, second[name]) for name, tensor in first.items())
+    assert not list((tmp_path / "off").iterdir())
 
 
 def test_a_plan_counts_the_codes_of_experts_before_they_are_joined(saved):

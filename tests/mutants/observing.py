@@ -36,6 +36,14 @@ MUTANTS = [
         "stats",
     ),
     Mutant(
+        "a batch in the place of those before",
+        "algebra/stats.py",
+        "add_gram_",
+        "H_kk[i : i + TILE, i:] += torch.mm(x[:, i : i + TILE].T, x[:, i:], out=product)",
+        "H_kk[i : i + TILE, i:] = torch.mm(x[:, i : i + TILE].T, x[:, i:], out=product)",
+        "stats",
+    ),
+    Mutant(
         "tiles beside the diagonal counted once",
         "algebra/stats.py",
         "quadratic",
