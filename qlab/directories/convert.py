@@ -31,6 +31,7 @@ from qlab.files.readback import MARKS, mark
 from qlab.files.record import recorded, versions, written
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer
+from qlab.model.headers import refuse_another_weight
 from qlab.model.modules import Modules
 from qlab.process.extras import needed
 from qlab.process.shown import some
@@ -71,8 +72,9 @@ def convert(
         or dequantized.
 
     Raises:
-        QlabError: The directory is not quantized; or, without `requantize`, the format cannot hold
-            some of its codes. The error names the modules and what they would lose.
+        QlabError: The directory is not quantized, or holds weights of another model than its
+            config.json describes; or, without `requantize`, the format cannot hold some of its
+            codes. The error names the modules and what they would lose.
 
     Example:
         >>> import qlab
@@ -103,6 +105,7 @@ def convert(
         source=source,
         admission=admission,
         targets=targets,
+        shapes=modules.shapes(),
         siblings=Siblings(targets, lambda module: _dense_weight(source, module)),
         rounds=requantize is not None,
         record=record,
@@ -311,13 +314,15 @@ def _refusal(codec: str, lost: Mapping[str, str]) -> QlabError:
 class _Leaves:
     """The leaves of a directory in the new format.
 
-    targets: module -> the spec that it gets. siblings: their global scales. rounds: whether weights
-    are rounded anew that the format cannot hold as they are. record: the source's qlab.json.
+    targets: module -> the spec that it gets. shapes: tensor -> its shape in the model.
+    siblings: their global scales. rounds: whether weights are rounded anew that the format cannot
+    hold as they are. record: the source's qlab.json.
     """
 
     source: Checkpoint
     admission: Admission
     targets: Mapping[str, Spec]
+    shapes: Mapping[str, torch.Size]
     siblings: Siblings
     rounds: bool
     record: Mapping[str, Any]
@@ -330,6 +335,7 @@ class _Leaves:
         leaf = self.source.leaf(name)
         if isinstance(leaf, Tensor):  # its format laid it out in a way of its own
             return {name: leaf}
+        refuse_another_weight(self.source, name, leaf.shape, self.shapes)
         rounding = self.source.rounding(module)
         try:
             new = self._same_codes(module, leaf, rounding)

@@ -1,9 +1,12 @@
 """Whether the files hold the model that config.json describes, by their headers alone."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint
 from qlab.model.names import Names
 from qlab.model.pieces import Piece
 from qlab.model.spelling import is_converted
@@ -37,6 +40,20 @@ def _check(names: Names, piece: Piece, expected: torch.Size, floats: bool) -> No
             f"{checkpoint.files[piece.name]}: {piece.name} is {dtype} {tuple(shape)}, and "
             f"config.json describes a model with {'floats ' if floats else ''}{tuple(expected)} "
             "there; the one or the other is of another model"
+        )
+
+
+def refuse_another_weight(
+    checkpoint: Checkpoint, name: str, shape: torch.Size, shapes: Mapping[str, torch.Size]
+) -> None:
+    """Refuse codes of a weight with another number of elements than the model's. shapes: name ->
+    shape in the model, where that is known."""
+    expected = shapes.get(name, shape)
+    if shape.numel() != expected.numel():
+        raise QlabError(
+            f"{name} of {checkpoint.path} holds the codes of {tuple(shape)}, and its config.json "
+            f"describes a model with {tuple(expected)} there; the one or the other is of another "
+            "model"
         )
 
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import INDEX, unheld
-from qlab.model.headers import refuse_missing
+from qlab.model.headers import refuse_missing, shape_of
 from qlab.model.linears import HEAD, holds_experts, linears_of, matrices, other_matrices
 from qlab.model.paper import on_paper
 from qlab.model.skeleton import Skeleton
@@ -80,6 +81,18 @@ class Modules:
             return {}
         others = other_matrices(self.skeleton).items()
         return {self.skeleton.names.module_name(name): module for name, module in others}
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Tensor of the files -> its shape in the model, as far as transformers knows the
+        architecture."""
+        if self.skeleton is None:
+            return {}
+        names = self.skeleton.names
+        return {
+            piece.name: shape_of(piece, parameter)
+            for name, parameter in names.model.named_parameters(remove_duplicate=False)
+            for piece in names.pieces(name)
+        }
 
     def transposed(self) -> frozenset[str]:
         """Modules of the files whose dense weight is stored as [k, o], as far as transformers knows

@@ -270,6 +270,17 @@ def test_what_a_format_does_beside_codes_is_not_dropped(name, words, requantize,
     assert not (tmp_path / "out").exists()
 
 
+def test_codes_of_another_model_than_the_configurations_are_refused(quantized, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(quantized("int4-g32"), source)
+    config = json.loads((source / "config.json").read_text())
+    config["intermediate_size"] *= 2
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QlabError, match=r"holds the codes of .* config\.json describes"):
+        convert(source, "gptq", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_codes_stop_a_conversion_and_leave_nothing(quantized, tmp_path):
     source = quantized("int4-g32")
     single = tmp_path / "single"
