@@ -68,10 +68,10 @@ def quantize(
             recipe for the model, on the same data, then runs no block before its solver. None keeps
             none.
         offload: A folder for what is kept while the model is worked on: hidden states between
-            blocks, sums of statistics while a part of several batches is added up, and blocks that
-            wait for a measurement of the whole model. It is made where it is missing. None keeps
-            states beside the output, sums in memory, and the rest where the system has its
-            temporary files. What is written does not depend on it.
+            blocks, sums of statistics until a step asks for them, and blocks that wait for a
+            measurement of the whole model. It is made where it is missing. None keeps states beside
+            the output, sums in memory, and the rest where the system has its temporary files. What
+            is written does not depend on it.
 
     Returns:
         The directory, the report's row of every site, the plan, and what the run cost.
