@@ -10,7 +10,7 @@ tensors that are handed has to be the same objects in two calls one after the ot
 that is made of them is taken for something that stays.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from qlab.generation.cache import Rows
 
-MOST = 1024  # forms that are known of one program, each of which lists the inputs of a graph
+MOST = 1 << 15  # forms that are known of one program
 PLAIN = (bool, int, float, str, type(None))
 
 Graph = Callable[..., Sequence[Any]]
+Form = tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +36,40 @@ class _Call:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Form:
-    """Calls of one form. inputs: of the graph. own: (place among the inputs, number of the tensor
-    that is handed) of those that are another tensor in every call."""
+class _Lasting:
+    """What stays of a graph's inputs from call to call.
+
+    inputs: tensors of the model and of the cache, and None in the other places. own: (place among
+    the inputs, number of the tensor that is handed) of those that are another tensor in every call.
+    """
 
     graph: Graph
-    inputs: list[Any]
+    inputs: list[Tensor | None]
     own: list[tuple[int, int]]
 
+    def is_that_of(self, other: "_Lasting") -> bool:
+        """Whether nothing of it is another object."""
+        return (
+            self.graph is other.graph
+            and self.own == other.own
+            and all(x is y for x, y in zip(self.inputs, other.inputs))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """Calls of one form. numbers: (place, value) of the inputs that are no tensors."""
+
+    lasting: _Lasting
+    numbers: list[tuple[int, Any]]
+
     def __call__(self, handed: Sequence[Tensor]) -> Any:
-        inputs = self.inputs.copy()
-        for place, number in self.own:
-            inputs[place] = handed[number]
-        return self.graph(*inputs)[0]
+        inputs: list[Any] = self.lasting.inputs.copy()
+        for place, number in self.numbers:
+            inputs[place] = number
+        for place, which in self.lasting.own:
+            inputs[place] = handed[which]
+        return self.lasting.graph(*inputs)[0]
 
 
 class Direct:
@@ -60,9 +82,9 @@ class Direct:
 
     def __init__(self, program: Callable[..., Any]):
         self._program = program
-        self._forms: dict[Hashable, _Form] = {}
+        self._known: dict[Form, _Known] = {}
         self._last: _Call | None = None
-        self._before: dict[nn.Module, _Call] = {}
+        self._lasting: dict[nn.Module, _Lasting] = {}  # of the call before
 
     def watched(self, graph: Graph) -> Graph:
         """A graph whose calls are looked at."""
@@ -76,39 +98,32 @@ class Direct:
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         handed: list[Tensor] = []
-        key = (module, _form((args, kwargs), handed))
-        form = self._forms.get(key)
-        if form is not None:
-            return form(handed)
+        form = (module, *_form((args, kwargs), handed))
+        known = self._known.get(form)
+        if known is not None:
+            return known(handed)
         # while another thread traces, torch runs a compiled function as it is, or refuses to
         with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
             y = self._program(module, *args, **kwargs)
         call, self._last = self._last, None
         if call is not None and _is_all(call.outputs, y):
-            self._learn(key, handed, call)
+            self._learn(module, form, handed, call)
         return y
 
-    def _learn(self, key: tuple[nn.Module, Hashable], handed: list[Tensor], call: _Call) -> None:
-        """Keep the form of a call, if all else of it stayed since the call before."""
-        before = self._before.get(key[0])
+    def _learn(self, module: nn.Module, form: Form, handed: list[Tensor], call: _Call) -> None:
+        """Keep the form of a call, if all that lasts is what it was in the call before."""
         number = {id(tensor): i for i, tensor in enumerate(handed)}
         own = [(p, number[id(x)]) for p, x in enumerate(call.inputs) if id(x) in number]
+        numbers = [(p, x) for p, x in enumerate(call.inputs) if not isinstance(x, Tensor)]
         inputs = list(call.inputs)
-        for place, _ in own:
+        for place, _ in (*own, *numbers):
             inputs[place] = None
-        if (
-            before is not None
-            and before.graph is call.graph
-            and len(self._forms) < MOST
-            and all(_stayed(x, y) for x, y in zip(inputs, before.inputs))
-        ):
-            self._forms[key] = _Form(graph=call.graph, inputs=inputs, own=own)
-        self._before[key[0]] = _Call(graph=call.graph, inputs=call.inputs, outputs=())
-
-
-def _stayed(x: Any, before: Any) -> bool:
-    """Whether an input is no tensor, hence part of the form or handed, or the same tensor."""
-    return x is before or not isinstance(x, Tensor)
+        lasting = _Lasting(graph=call.graph, inputs=inputs, own=own)
+        before = self._lasting.get(module)
+        if before is None or not before.is_that_of(lasting):
+            self._lasting[module] = lasting
+        elif len(self._known) < MOST:
+            self._known[form] = _Known(lasting=before, numbers=numbers)
 
 
 def _is_all(outputs: Sequence[Any], y: Any) -> bool:
@@ -116,19 +131,25 @@ def _is_all(outputs: Sequence[Any], y: Any) -> bool:
     return len(outputs) == 1 and outputs[0] is y
 
 
-def _form(value: Any, handed: list[Tensor]) -> Hashable:
+def _form(value: Any, handed: list[Tensor]) -> Iterator[Any]:
     """All of a value that a graph may depend on but the numbers in its tensors, which are added to
     those that are handed. Nothing is equal to the form of what is unknown, or of a cache with
     states, which a call changes beside what it gives."""
     if isinstance(value, Tensor):
-        first = next((i for i, other in enumerate(handed) if other is value), len(handed))
+        yield next((i for i, other in enumerate(handed) if other is value), len(handed))
         handed.append(value)
-        return first, value.shape, value.stride(), value.dtype, value.device, type(value)
-    if isinstance(value, Rows):
-        tensors = [_form(x, handed) for x in (value.reads, value.writes, value.start)]
-        return value.pool, *tensors, object() if value.layers else None
-    if isinstance(value, tuple | list):
-        return type(value), tuple(_form(inner, handed) for inner in value)
-    if isinstance(value, Mapping):
-        return tuple((name, _form(inner, handed)) for name, inner in value.items())
-    return (type(value), value) if isinstance(value, PLAIN) else object()
+        yield value.ndim
+        yield from (*value.shape, *value.stride(), value.dtype, value.device, type(value))
+    elif isinstance(value, Rows):
+        yield value.pool
+        yield object() if value.layers else None
+        yield from _form((value.reads, value.writes, value.start), handed)
+    elif isinstance(value, tuple | list):
+        yield from (type(value), len(value))
+        for inner in value:
+            yield from _form(inner, handed)
+    elif isinstance(value, Mapping):
+        yield from (type(value), *value)
+        yield from _form([*value.values()], handed)
+    else:
+        yield from (type(value), value) if isinstance(value, PLAIN) else (object(),)
