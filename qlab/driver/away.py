@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BufferedReader
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,12 @@ class Away(MutableMapping[Any, Any]):
         self._words: dict[Any, list[tuple[bytes, int]]] = {}  # of each expert, or of one
         self._each: dict[Any, Any] = {}
         self._files: dict[Any, Path] = {}
+        self._numbers = count()  # of files; one that was deleted gives its number to no other
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        file = Path(self._folder.name) / f"{len(self._files)}.bin"
-        file = self._files.setdefault(key, file)
+        if key not in self._files:
+            self._files[key] = Path(self._folder.name) / f"{next(self._numbers)}.bin"
+        file = self._files[key]
         self._words[key], self._each[key] = [], None
         states = [value]
         if isinstance(value, PerExpert):

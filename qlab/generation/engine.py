@@ -70,7 +70,7 @@ class Engine:
         chunk: tokens of a part of a prompt; prompts of models with recurrent states are one part.
         step_tokens: how many tokens of prompts a step computes beside its rows.
         reuse: whether requests whose prompts begin alike share pages.
-        compile: what of the steps of rows is compiled while they run: none, block or model
+        compile: what of a step is compiled while requests run: none, block or model
             (`qlab.generation.compiled`).
 
     Raises:
@@ -126,7 +126,7 @@ class Engine:
         )
 
     def _why_eager(self) -> str | None:
-        """Why its steps of rows are not compiled, or None."""
+        """Why its steps are not compiled, or None."""
         if self._has_states:
             return "it has recurrent states, which are objects of their requests"
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:

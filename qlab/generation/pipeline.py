@@ -339,7 +339,7 @@ def pipeline(
         rows: how many requests run at a time.
         max_length: tokens of a request, prompt and reply; None takes what the model takes, at most
             4096.
-        compile: what of the steps of rows is compiled while they run as they are: "none", "block"
+        compile: what of a step is compiled while requests run as they are: "none", "block"
             (one block for all of a structure, and the head; seconds of a processor for each of 1,
             2, 4, ... rows) or "model" (the whole step; minutes for each).
 

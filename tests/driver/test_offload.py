@@ -202,6 +202,10 @@ def test_what_is_away_is_laid_out_as_it_was_and_a_file_that_was_cut_is_said(tmp_
     values["other"] = t
     del values["other"]
     assert len(values) == 1 and not file.exists()
+    values["third"] = 3 * t
+    del values["turned"]
+    values["fourth"] = 4 * t
+    assert torch.equal(values["third"], 3 * t) and torch.equal(values["fourth"], 4 * t)
 
 
 def test_blocks_that_wait_for_a_measurement_are_offloaded_too(job, tmp_path, monkeypatch):
