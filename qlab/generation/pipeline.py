@@ -341,7 +341,7 @@ def pipeline(
             4096.
         compile: what of a step is compiled while requests run as they are: "none", "block"
             (one block for all of a structure, and the head; seconds of a processor for each of 1,
-            2, 4, ... rows) or "model" (the whole step; minutes for each).
+            2, 4, ... rows and for prompts) or "model" (the whole step; minutes for each).
 
     Returns:
         A pipeline, to be called with prompts and to be used in a `with` statement.
