@@ -6,9 +6,9 @@ there. Each site is solved by its one owner, and each routed expert by one too; 
 is told to all. A step that sees more than one weight is run by rank 0.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from enum import Enum
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.running import apply, keys_of, select
 from qlab.algebra.statistic import PerExpert
-from qlab.algebra.stats import Stats, name_of
+from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform, unchanged
 from qlab.algebra.views import Uncovered, WholeBlock
+from qlab.driver.changes import changed, made_by, named
 from qlab.driver.learning import Leading
-from qlab.driver.observe import Division, Key, Totals, where
+from qlab.driver.observe import Division, Get, Key, Totals, where
 from qlab.driver.owners import BY_EXPERT, expert_owner, read_by, site_owners, turns
 from qlab.driver.parts import Parts
 from qlab.driver.ranks import Ranks
@@ -52,6 +53,7 @@ class Divided(Division):
             are solved at a time.
         offload: See `Division`.
         is_sharded: Whether each rank has some rows of the weights alone.
+        ready: Makes the batches that enter it, where they are not there yet.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class Divided(Division):
         one_by_one: bool,
         offload: str | Path | None = None,
         is_sharded: bool = False,
+        ready: Callable[[], None] = lambda: None,
     ):
+        self.ready = ready
         self.parts, self.is_sharded = Parts(len(tokens)), is_sharded
         super().__init__(self.parts.size, offload)
         self.ranks, self.stages, self.tokens = ranks, stages, tokens
@@ -72,10 +76,33 @@ class Divided(Division):
 
     # -------------------------------------------------------------- statistics
     def totals(self, graph: ModuleGraph, keys: set[Key], experts: slice | None = None) -> Totals:
+        self.ready()
         return _Totals(self, graph, keys, experts)
 
     def batches(self, count: int) -> Sequence[int]:
         return self.parts.numbers(self.ranks.rank, self.ranks.world)
+
+    def taken(self, graph: ModuleGraph, key: Key, get: Get) -> At | None:
+        readers = read_by(self.stages, key, graph, self.owners)
+        by_expert, rank = readers == [BY_EXPERT], self.ranks.rank
+        reads = by_expert or rank in readers
+        state = get(lambda e: not by_expert or self.expert_of(e) == rank) if reads else None
+        if not all(self.ranks.all_told(not reads or state is not None)):
+            return None
+        if isinstance(state, PerExpert) and by_expert:
+            return self.by_expert(key, state.states)
+        return At(frozenset(readers), state)
+
+    def keep(self, statistic: At, put: Callable[[Any], object]) -> None:
+        if BY_EXPERT not in statistic.ranks:
+            if self.ranks.rank == min(statistic.ranks):
+                put(statistic.state)
+            return
+        states = _OneByOne(self, statistic.state.states)
+        if self.ranks.is_first:
+            put(PerExpert(states))
+        else:
+            deque(states, maxlen=0)
 
     def by_expert(self, key: Key, states: Sequence[Any]) -> At:
         return At(frozenset({BY_EXPERT}), PerExpert(states, self._each))
@@ -137,7 +164,7 @@ class Divided(Division):
         given = dict(stats)
         for at, selected in sorted(turns_of.items()):
             needed = keys_of(stage, replace(graph, selected=selected)) & given.keys()
-            for key in sorted(needed, key=_named):
+            for key in sorted(needed, key=named):
                 if isinstance(given[key], At):
                     given[key] = self.at(given[key], at)
         own = {key: s.state if isinstance(s, At) else s for key, s in given.items()}
@@ -153,7 +180,7 @@ class Divided(Division):
         if self.ranks.rank in turns_of:
             before = replace(dense, selected=turns_of[self.ranks.rank])
             after, kept = apply(stage, before, own)
-            made = _made(before, after, own, kept)
+            made = made_by(before, after, own, kept)
             if leading is not None:
                 leading.done()
         elif leading is not None:
@@ -161,14 +188,14 @@ class Divided(Division):
         del dense
         for rank in sorted(turns_of):
             changes, moved, gone = self.ranks.told(made, by=rank)  # type: ignore[misc]
-            graph = _changed(graph, changes)
-            named = {_named(key): key for key in given}
+            graph = changed(graph, changes)
+            keys = {named(key): key for key in given}
             for name in moved:
-                key = named[name]
+                key = keys[name]
                 state = kept[key] if rank == self.ranks.rank else None
                 given[key] = At(frozenset({rank}), state)
             for name in gone:
-                del given[named[name]]
+                del given[keys[name]]
         return graph, given
 
     def _turns(self, stage: Stage, graph: ModuleGraph) -> dict[int, frozenset[str] | None]:
@@ -186,11 +213,25 @@ class Divided(Division):
         """The samples of a step that sees the whole block, as ranks share them."""
         if not isinstance(stage.view, WholeBlock) or SAMPLES not in stats:
             return None
+        self.ready()
         chosen, samples = select(stage, graph), stats[SAMPLES]
         if self.is_sharded:
             see_reference(samples, self.ranks)
             return Sharing(samples, self.ranks, chosen)
         return Leading(samples, self.ranks, chosen)
+
+
+class _OneByOne(Sequence):
+    """The states of all experts on rank 0, each of which is sent when all ranks ask for it."""
+
+    def __init__(self, division: Divided, states: Sequence[Any]):
+        self.division, self.states = division, states
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, expert: Any) -> Any:
+        return self.division.ranks.sent(self.states[expert], self.division.expert_of(expert), 0)
 
 
 class _Totals(Totals):
@@ -204,7 +245,7 @@ class _Totals(Totals):
         self.division, self.ranks, self.parts = division, division.ranks, division.parts
         self.part = {}  # one batch too goes to its owner before it is added
         self.own = self.parts.numbers(self.ranks.rank, self.ranks.world)
-        asked = sorted(keys, key=_named)
+        asked = sorted(keys, key=named)
         _refuse_alike(asked)
         self.readers = {key: read_by(division.stages, key, graph, division.owners) for key in asked}
         self.rounds = 0
@@ -295,62 +336,12 @@ def _fused(stages: Transform) -> bool:
     return any(stage.spec is not None and stage.spec.outer for stage in stages)
 
 
-def _named(key: Key) -> tuple[str, str]:
-    """A statistic's key as all ranks have it."""
-    return key[0], name_of(key[1])
-
-
 def _refuse_alike(keys: Sequence[Key]) -> None:
     """Refuse two statistics of one input that ranks could not tell apart."""
-    names = [_named(key) for key in keys]
+    names = [named(key) for key in keys]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise QlabError(
             f"two statistics of {twice[0]} have the name {twice[1]!r}, by which ranks tell them "
             "apart; give each a name of its own"
         )
-
-
-# ------------------------------------------------------------------ what a step changed
-def _made(
-    before: ModuleGraph, after: ModuleGraph, given: Stats, kept: Stats
-) -> tuple[dict[str, Any], list[tuple[str, str]], list[tuple[str, str]]]:
-    """What a step changed: of the graph, and the names of statistics that moved or are gone."""
-    moved = [_named(key) for key, state in kept.items() if state is not given.get(key)]
-    gone = [_named(key) for key in given if key not in kept]
-    return _changes(before, after), moved, gone
-
-
-class _Target(Enum):
-    """A target that need not be told: every rank has it."""
-
-    LEAF = "the leaf of its name before the step"
-
-
-def _changes(before: ModuleGraph, after: ModuleGraph) -> dict[str, Any]:
-    """Field -> (its entries that are other values, the names of those that are gone)."""
-    found: dict[str, Any] = {}
-    for field in fields(ModuleGraph):
-        old, new = getattr(before, field.name), getattr(after, field.name)
-        if isinstance(old, Mapping) and old is not new:
-            other = {k: v for k, v in new.items() if k not in old or not _same(v, old[k])}
-            found[field.name] = other, [k for k in old if k not in new]
-    if "targets" in found:  # those of weights that were plain until now
-        other, gone = found["targets"]
-        known = {k: _Target.LEAF for k, v in other.items() if v is before.params.get(k)}
-        found["targets"] = {**other, **known}, gone
-    return found
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two entries are the same value, or equal notes."""
-    return a is b or (isinstance(a, dict) and isinstance(b, dict) and a == b)
-
-
-def _changed(graph: ModuleGraph, changes: Mapping[str, Any]) -> ModuleGraph:
-    new: dict[str, Any] = {}
-    for name, (other, gone) in changes.items():
-        entries: Mapping[str, Any] = getattr(graph, name)
-        other = {k: graph.params[k] if v is _Target.LEAF else v for k, v in other.items()}
-        new[name] = {**{k: v for k, v in entries.items() if k not in gone}, **other}
-    return replace(graph, **new)

@@ -33,6 +33,8 @@ DRIFT = COMPARING  # statistics that compare with the reference
 Inputs = Literal["quantized", "reference"]  # what a block sees while it is calibrated
 Key = tuple[str, Need]  # a source or the name of a wire, and a statistic
 Observe = Callable[[ModuleGraph, set[Key]], Stats]
+# reads the state of a statistic, of experts those that it is asked for
+Get = Callable[[Callable[[int], bool]], Any]
 
 
 def inputs_named(text: str) -> Inputs:
@@ -86,6 +88,15 @@ class Division:
     def apply(self, stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         """See `qlab.algebra.running.apply`."""
         return apply(stage, graph, stats)
+
+    def taken(self, graph: ModuleGraph, key: Key, get: Get) -> Any:
+        """A statistic of a segment that is kept somewhere, or None. get: reads it, or gives
+        None."""
+        return get(lambda expert: True)
+
+    def keep(self, statistic: Any, put: Callable[[Any], object]) -> None:
+        """Keep a statistic somewhere. put: writes its state."""
+        put(statistic)
 
     def by_expert(self, key: Key, states: Sequence[Any]) -> Any:
         """The statistic of a source whose states of all experts are given."""

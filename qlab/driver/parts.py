@@ -7,12 +7,16 @@ parts are depends on the number of batches alone, so the sums are the same bits 
 ranks, and for one process.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from qlab.driver.batches import Batch, Batches
 from qlab.driver.ranks import Ranks
+from qlab.files.carry import Carry
 from qlab.model.calls import State
 
 MOST = 16  # parts; further ranks have no windows and own sites alone
@@ -88,3 +92,11 @@ def collected(states: Iterator[State], parts: Parts, ranks: Ranks) -> Iterator[S
         if ranks.is_first:
             assert whole is not None
             yield whole
+
+
+def write_states(carry: Carry, tensors: Iterator[Tensor], ranks: Ranks) -> None:
+    """Write the states that leave a block on rank 0; the others give it theirs."""
+    if ranks.is_first:
+        carry.write(tensors)
+    else:
+        deque(tensors, maxlen=0)

@@ -136,7 +136,8 @@ class Blocks:
         """The pass, of which blocks are solved in any order."""
         shelved = None
         if self.known is not None:
-            shelved = Keeping(shelf=self.shelf, known=self.known).of([self.job], self.skeleton)
+            keeping = Keeping(shelf=self.shelf, known=self.known)
+            shelved = keeping.of([self.job], self.skeleton, Ranks())
         self._states = scratch("states", self.job.offload)
         keeper, every = Folder(Path(self._states.name)), range(self.count - 1)
         solver = Solver(

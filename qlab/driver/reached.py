@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qlab.driver.batches import push
+from qlab.driver.parts import Parts, collected, own, write_states
+from qlab.driver.ranks import Ranks
 from qlab.driver.states import Entering, flat
 from qlab.files.carry import Carry
 from qlab.model.calls import Call
@@ -26,12 +28,17 @@ class Reached:
         skeleton: The model.
         calls: Batch by batch, what each block is called with.
         carries: Block by block, where its states lie once they are made.
+        ranks: Those that make them together.
     """
 
     def __init__(
-        self, skeleton: Skeleton, calls: Sequence[Mapping[str, Call]], carries: Sequence[Carry]
+        self,
+        skeleton: Skeleton,
+        calls: Sequence[Mapping[str, Call]],
+        carries: Sequence[Carry],
+        ranks: Ranks,
     ) -> None:
-        self.skeleton, self.calls, self.carries = skeleton, calls, carries
+        self.skeleton, self.calls, self.carries, self.ranks = skeleton, calls, carries, ranks
         self.paths = list(skeleton.blocks)
         self.made = {0}  # blocks in front of which the states are there
         self.asked: set[int] = set()  # blocks that read more than the first batch
@@ -43,18 +50,27 @@ class Reached:
     def leaving(self, index: int) -> Iterator[Carry]:
         """Where the states that leave a block go; nowhere where the block itself needed none, since
         the one behind it hardly will."""
-        if index in self.asked and index + 1 < len(self.carries):
+        if any(self.ranks.all_told(index in self.asked)) and index + 1 < len(self.carries):
             yield self.carries[index + 1]
             self._made(index + 1)
 
-    def to(self, index: int) -> Carry:
-        """The states in front of a block, made from those in front of the nearest block before."""
+    def ready(self, index: int) -> None:
+        """Make the states in front of a block, where they are not there, by all ranks."""
+        self.made = self.ranks.told(self.made)  # rank 0 may have made some by itself
+        self.to(index, self.ranks)
+
+    def to(self, index: int, ranks: Ranks | None = None) -> Carry:
+        """The states in front of a block, made from those in front of the nearest block before.
+        ranks: those that make them (None: this process alone, for what it alone asks for)."""
+        ranks = ranks or Ranks()
         for i in range(max(i for i in self.made if i <= index), index):
             path = self.paths[i]
             graph = load_block(self.skeleton, path, self.calls[0][path], decoded=True)
-            leaving = push(graph, self.entering(i)())
-            self.carries[i + 1].write(flat(leaving, self.skeleton.dtype))
-            del graph, leaving  # lets go of the block before the next one is loaded
+            leaving = push(graph, own(self.entering(i), ranks)())
+            whole = collected(leaving, Parts(len(self.calls)), ranks)
+            write_states(self.carries[i + 1], flat(whole, self.skeleton.dtype), ranks)
+            ranks.told(None)  # the others read what rank 0 has written
+            del graph, leaving, whole  # lets go of the block before the next one is loaded
             self._made(i + 1)
         return self.carries[index]
 
@@ -64,7 +80,8 @@ class Reached:
         self.made.add(index)
         if index > 1:
             self.made.discard(index - 1)
-            self.carries[index - 1].path.unlink(missing_ok=True)
+            if self.ranks.is_first:
+                self.carries[index - 1].path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -83,5 +100,7 @@ class _Reached:
             yield batch
 
     def at(self, first: int, count: int) -> list[Tensor]:
-        self.states.asked.add(self.index)
-        return self.states.to(self.index).at(first, count)
+        carry = self.states.to(self.index)
+        if first or count == len(carry.shapes):
+            self.states.asked.add(self.index)
+        return carry.at(first, count)

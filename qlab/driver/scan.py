@@ -70,8 +70,8 @@ def begin(
 
     solvers: their jobs differ in their recipes alone. keeper: of rank 0, None on others. todo:
     takes where states lie; gives the numbers of the blocks that are to be solved. Rank 0 asks it.
-    shelved: the statistics of the unquantized model that are kept, by one process; states are made
-    where a block asks for more.
+    shelved: the statistics of the unquantized model that are kept; states are made where a block
+    asks for more.
     """
     jobs, ranks = [solver.job for solver in solvers], solvers[0].ranks
     data = next((job.observed for job in jobs if job.observed is not None), None)
@@ -92,9 +92,9 @@ def begin(
     ranks.told(None)  # the others read what rank 0 has written
     reached = None
     if shelved is not None:
-        reached = Reached(skeleton, calls, [reference for (reference,) in carries])
-    elif carries and numbers:
-        refuse_unseen([carry.path for carry in carries[numbers[0]]], ranks)
+        reached = Reached(skeleton, calls, [reference for (reference,) in carries], ranks)
+    if carries and numbers:
+        refuse_unseen([carry.path for carry in carries[0 if reached else numbers[0]]], ranks)
     _return_freed_memory()
     return Scan(
         skeleton=skeleton,
@@ -145,8 +145,8 @@ def solved_block(scan: Scan, i: int) -> Iterator[Solved]:
     tokens = [] if scan.data is None else [_tokens(of_batch[path]) for of_batch in scan.calls]
     solved = partial(solved_by_each, skeleton, scan.solvers, scan.calls[0][path], i, tokens)
     if scan.reached is not None:
-        entering, leaving = scan.reached.entering(i), scan.reached.leaving(i)
-        yield from solved([entering], leaving, scan.shelved)
+        entering, leaving = own(scan.reached.entering(i), ranks), scan.reached.leaving(i)
+        yield from solved([entering], leaving, scan.shelved, partial(scan.reached.ready, i))
         return
     before, after = (
         ([], [])

@@ -1,7 +1,6 @@
 """One block at a time, as each of several jobs solves it."""
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -28,7 +27,7 @@ from qlab.driver.observe import (
     remembering,
     with_samples,
 )
-from qlab.driver.parts import Parts, collected
+from qlab.driver.parts import Parts, collected, write_states
 from qlab.driver.ranks import Ranks
 from qlab.driver.sharded import Sharded, laid, with_held
 from qlab.driver.sharing import see_reference
@@ -92,6 +91,7 @@ def solved_by_each(
     streams: Sequence[Batches],
     after: Iterable[Carry],
     shelved: Shelved | None = None,
+    ready: Callable[[], None] = lambda: None,
 ) -> Iterator[Solved]:
     """A block as each job solves it; behind the last one, the hidden states that leave it are
     written, by rank 0.
@@ -109,6 +109,7 @@ def solved_by_each(
         after: Stream by stream, where the states that leave go; empty where nobody needs them.
             It is asked when the block is solved.
         shelved: The statistics of the unquantized model that are kept.
+        ready: Makes the batches that enter the block, where they are not there yet.
     """
     batches, first = streams[0], solvers[0].job
     path = list(skeleton.blocks)[index]
@@ -116,14 +117,14 @@ def solved_by_each(
     if any(solver.job.observed is not None for solver in solvers):
         _refuse_overflow(skeleton, graph)
     reference = Reference(graph, streams[1]) if streams[1:] else None
-    division = _division(solvers, graph, tokens, skeleton.device)
+    division = _division(solvers, graph, tokens, skeleton.device, ready)
     everywhere = first.calibrate_all_experts
     observing = partial(
         observe, batches=batches, calibrate_all_experts=everywhere, division=division
     )
     look: Observe = partial(observing, reference=reference)
     if shelved is not None:
-        look = shelved.observing(graph, look)
+        look = shelved.observing(graph, look, division)
     if len(solvers) > 1:
         look = remembering(graph, look)
     leaving: list[Iterator[State]] = []
@@ -147,7 +148,9 @@ def solved_by_each(
         leaving = [push(version, enter()) for version, enter in zip(passed, streams)]
     ranks = solvers[0].ranks
     for carry, states in zip(after, leaving):
-        _write(carry, flat(collected(states, Parts(len(tokens)), ranks), skeleton.dtype), ranks)
+        write_states(
+            carry, flat(collected(states, Parts(len(tokens)), ranks), skeleton.dtype), ranks
+        )
     ranks.told(None)  # the others read what rank 0 has written
 
 
@@ -160,19 +163,15 @@ def _loaded(skeleton: Skeleton, path: str, call: Call, solvers: Sequence[Solver]
     return with_held(load_block(skeleton, path, call, decoded=True, laid=shards))
 
 
-def _write(carry: Carry, tensors: Iterator[Tensor], ranks: Ranks) -> None:
-    """Write the states that leave a block on rank 0; the others give it theirs."""
-    if ranks.is_first:
-        carry.write(tensors)
-    else:
-        deque(tensors, maxlen=0)
-
-
 def _division(
-    solvers: Sequence[Solver], graph: ModuleGraph, tokens: Sequence[int], device: torch.device
+    solvers: Sequence[Solver],
+    graph: ModuleGraph,
+    tokens: Sequence[int],
+    device: torch.device,
+    ready: Callable[[], None],
 ) -> Division:
-    """How the block is observed and solved. tokens: of each batch. Statistics on a GPU are not in
-    the memory of the host, and stay there."""
+    """How the block is observed and solved. tokens: of each batch. ready: makes those that enter
+    it. Statistics on a GPU are not in the memory of the host, and stay there."""
     ranks = solvers[0].ranks
     offload = solvers[0].job.offload if device.type == "cpu" else None
     if ranks.world == 1:
@@ -180,7 +179,7 @@ def _division(
     stages = tuple(stage for solver in solvers for stage in solver.job.recipe)
     one_by_one = all(solver.job.in_order(graph.code) for solver in solvers)
     is_sharded = solvers[0].is_sharded
-    return Divided(ranks, stages, graph, tokens, one_by_one, offload, is_sharded)
+    return Divided(ranks, stages, graph, tokens, one_by_one, offload, is_sharded, ready)
 
 
 def _start(solver: Solver, graph: ModuleGraph, check: Check) -> ModuleGraph:

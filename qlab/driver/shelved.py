@@ -2,8 +2,9 @@
 its solver."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph
-from qlab.algebra.statistic import here
 from qlab.algebra.stats import Stats
 from qlab.driver.batches import batch_tokens, in_batches
 from qlab.driver.job import Job
-from qlab.driver.observe import Key, Observe
+from qlab.driver.observe import Division, Key, Observe
+from qlab.driver.ranks import Ranks
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import CONFIG
@@ -34,11 +35,15 @@ class Known:
     Args:
         model: The model, whose files are read for it.
         sha256: Their hash where somebody made it; None to make it.
+        ranks: Those that know it together, of which rank 0 makes the hash (None: this process
+            alone).
     """
 
-    def __init__(self, model: Checkpoint, sha256: str | None = None) -> None:
+    def __init__(
+        self, model: Checkpoint, sha256: str | None = None, ranks: Ranks | None = None
+    ) -> None:
         self.model, self._stamps = model, stamps(model)
-        self.sha256 = model.sha256() if sha256 is None else sha256
+        self.sha256 = (ranks or Ranks()).first(model.sha256) if sha256 is None else sha256
         self.refuse_changed()
 
     def refuse_changed(self) -> None:
@@ -71,7 +76,7 @@ class Shelved:
     about: Mapping[str, Any]
     device: torch.device
 
-    def observing(self, graph: ModuleGraph, observe: Observe) -> Observe:
+    def observing(self, graph: ModuleGraph, observe: Observe, division: Division) -> Observe:
         """`observe`, which is asked for what is not on the shelf. Only of the unquantized block is
         anything kept, and only statistics that have a name in qlab: another's may change."""
 
@@ -83,21 +88,30 @@ class Shelved:
                 for key in keys
                 if isinstance(key[1], str)
             }
-            states = {key: self.shelf.get(of) for key, of in identities.items()}
-            stats = {key: self._here(state) for key, state in states.items() if state is not None}
+            # in one order: ranks do it together
+            kept = sorted(identities, key=str)
+            states = {
+                key: division.taken(now, key, partial(self._get, identities[key])) for key in kept
+            }
+            stats = {key: state for key, state in states.items() if state is not None}
             unseen = keys - stats.keys()
             if not unseen:
                 return stats
             seen = observe(now, unseen)
             self.known.refuse_changed()
-            for key in unseen & identities.keys():
-                self.shelf.put(identities[key], here(seen[key]), self.about)
+            for key in kept:
+                if key in unseen:
+                    division.keep(seen[key], partial(self._put, identities[key]))
             return {**stats, **seen}
 
         return observe_shelved
 
-    def _here(self, state: Any) -> Any:
+    def _get(self, of: Mapping[str, Any], owns: Callable[[int], bool]) -> Any:
+        state = self.shelf.get(of, owns)
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), state)
+
+    def _put(self, of: Mapping[str, Any], state: Any) -> None:
+        self.shelf.put(of, state, self.about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +121,9 @@ class Keeping:
     shelf: Shelf
     known: Known
 
-    def of(self, jobs: Sequence[Job], skeleton: Skeleton) -> Shelved | None:
+    def of(self, jobs: Sequence[Job], skeleton: Skeleton, ranks: Ranks) -> Shelved | None:
         """The statistics that jobs share which differ in their recipes alone; None where they
-        observe nothing."""
+        observe nothing. ranks: those that do the jobs, for whom rank 0 says what they are of."""
         first = jobs[0]
         data = next((job.observed for job in jobs if job.observed is not None), None)
         if data is None:
@@ -131,7 +145,11 @@ class Keeping:
             "tokens": data.count,
         }
         return Shelved(
-            shelf=self.shelf, known=self.known, of=of, about=about, device=skeleton.device
+            shelf=self.shelf,
+            known=self.known,
+            of=ranks.told(of),
+            about=ranks.told(about),
+            device=skeleton.device,
         )
 
 

@@ -26,7 +26,6 @@ from qlab.driver.result import Result
 from qlab.driver.run import Run, finish, write_outside, write_solved
 from qlab.driver.scan import Carries, begin, solved_blocks
 from qlab.driver.shelved import Keeping, Known, Shelved, refuse_unkept
-from qlab.errors import QlabError
 from qlab.files.hashed import HashedFiles
 from qlab.files.place import places
 from qlab.files.record import recorded, versions
@@ -110,16 +109,10 @@ def write_all(
         return {}
     first = next(iter(named.values())).job
     with together(first.device) as ranks:
-        keeping = None
+        shelf = None
         if keep_statistics is not None:
             refuse_unkept([quantized.job for quantized in named.values()])
-            if ranks.world > 1:
-                raise QlabError(
-                    f"statistics are kept by one process, and {ranks.world} ranks divide them; "
-                    "start it without torchrun, or keep no statistics"
-                )
             shelf = Shelf(Path(os.path.expanduser(keep_statistics)))
-            keeping = Keeping(shelf=shelf, known=Known(first.model))
         return _write_together(
             named,
             out,
@@ -128,7 +121,7 @@ def write_all(
             target=target,
             overwrite=overwrite,
             resume=resume,
-            keeping=keeping,
+            shelf=shelf,
         )
 
 
@@ -141,9 +134,9 @@ def _write_together(
     target: str | None,
     overwrite: bool,
     resume: bool,
-    keeping: Keeping | None,
+    shelf: Shelf | None,
 ) -> dict[str, Result]:
-    """See `write_all`; by all ranks, of which rank 0 writes."""
+    """See `write_all`; by all ranks, of which rank 0 writes. shelf: where statistics are kept."""
     first = next(iter(named.values())).job
     source = HashedFiles(first.model.path, first.model.stored)
     # rank 0 vouches for what is read
@@ -159,7 +152,8 @@ def _write_together(
 
     asked = {name: of_format(quantized.job) for name, quantized in named.items()}
     if ranks.world > 1:  # what tells models apart is read for it
-        refuse_unlike(ranks, {name: _asked(job) for name, job in asked.items()})
+        refuse_unlike(ranks, {name: _asked(job, shelf) for name, job in asked.items()})
+    keeping = None if shelf is None else Keeping(shelf=shelf, known=Known(first.model, ranks=ranks))
     with ExitStack() as stack:
         writers = {
             name: stack.enter_context(Writer(place, overwrite, resume, first.offload))
@@ -255,7 +249,7 @@ def _begin(
             stack.enter_context(run.writer.refusing())
 
 
-def _asked(job: Job) -> dict[str, Any]:
+def _asked(job: Job, shelf: Shelf | None) -> dict[str, Any]:
     """What all ranks have to see alike, in words that name it."""
     return {
         "models": job.model.fingerprint(),
@@ -265,6 +259,7 @@ def _asked(job: Job) -> dict[str, Any]:
         "devices": usable(job.device).type,
         "budgets of memory": job.memory,
         "formats": [job.codec, job.target],
+        "folders of statistics": shelf and str(shelf.folder),
         "versions": versions(),
     }
 
@@ -292,7 +287,7 @@ def _one_pass(
     with PeakMemory() as peak:
         if runs:
             jobs = [run.job for run in runs]
-            shelved = None if keeping is None else keeping.of(jobs, skeleton)
+            shelved = None if keeping is None else keeping.of(jobs, skeleton, runs[0].ranks)
             _write_segments(skeleton, runs, shelved)
     return time.perf_counter() - started, peak.bytes
 

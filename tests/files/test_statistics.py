@@ -8,6 +8,7 @@ import torch
 from model_folders import bits_equal
 from torch.utils import _pytree as pytree
 
+import qlab.files.statistics
 from qlab.algebra.statistic import Observation, PerExpert
 from qlab.algebra.stats import STATS, stat_of
 from qlab.files.statistics import Shelf
@@ -54,6 +55,25 @@ def test_what_is_asked_for_decides_what_is_found(key, shelf):
     shelf.put(other, observed("second_moment", True), ABOUT)
     assert same(shelf.get(OF), observed("second_moment", False))
     assert same(shelf.get(other), observed("second_moment", True))
+
+
+def test_the_states_of_other_experts_are_checked_and_let_go_of(shelf):
+    state = observed("second_moment", True)
+    shelf.put(OF, state, ABOUT)
+    own = shelf.get(OF, lambda expert: expert == 1)
+    assert own.states[0] is own.states[2] is None and same(own.states[1], state.states[1])
+
+
+def test_a_file_that_others_use_meanwhile_is_read(shelf, monkeypatch):
+    header = qlab.files.statistics.read_header
+
+    def used_meanwhile(path):
+        found = header(path)
+        os.utime(path, (1, 1))
+        return found
+
+    monkeypatch.setattr(qlab.files.statistics, "read_header", used_meanwhile)
+    assert same(shelf.get(OF), observed("second_moment", False))
 
 
 def test_any_byte_that_is_changed_or_missing_is_found_and_named(shelf, capsys):
