@@ -108,7 +108,7 @@ def pack(
             f"{skeleton.names.pieces(weight)[0].module} holds a weight {tuple(leaf.shape)} and the "
             f"model wants {tuple(parameter.shape)}; its config.json belongs to another model"
         )
-    leaf = leaf if share is None else share.of_weight(name, leaf)
+    leaf, order = (leaf, None) if share is None else share.of_weight(name, leaf)
     if is_fused:
         if not isinstance(leaf, QTensor):
             raise QlabError(
@@ -120,7 +120,10 @@ def pack(
     bias = None if linear.bias is None else dense(load_leaf(skeleton, f"{name}.bias"))
     bias = bias if share is None or bias is None else share.of_bias(name, bias)
     if isinstance(leaf, QTensor):
-        return QLinear(name, leaf, bias, dtype, device, dense_cache, **rounding)
+        packed = QLinear(name, leaf, bias, dtype, device, dense_cache, **rounding)
+        if order is not None:  # of the channels of its input (`connect`)
+            packed.register_buffer("order", order.to(device), persistent=False)
+        return packed
     return plain(leaf, bias, dtype_in(skeleton.model, weight), device)
 
 

@@ -3,6 +3,9 @@
     colwise: W_r = W[rows of r], b_r = b[rows of r]      rowwise: W_r = W[:, columns of r], b_0 = b
 
 Cuts lie between the tiles of a weight, so that every scale stays with the codes that it is for.
+Where the channels of a group lie anywhere (`QTensor.perm`), a rank has some of every group:
+
+    x_r @ W_r.T = x_r[:, order] @ V.T     V: group after group the columns of W_r, filled up with 0
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qlab.algebra.qtensor import Leaf, QTensor
-from qlab.errors import QlabError
-from qlab.model.parallel import Style, limits, parts_of, refuse_degree, styles_of
+from qlab.algebra.qtensor import Leaf, QTensor, by_rows
+from qlab.algebra.tile import Tile
+from qlab.model.parallel import Style, limits, mixes_ranks, parts_of, refuse_degree, styles_of
 from qlab.model.skeleton import Skeleton
 
 Spans = Sequence[tuple[int, int]]
+FULL = 32  # channels of the least group that kernels multiply
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +28,15 @@ class Share:
     """What a rank holds of a model.
 
     skeleton: the model that is filled with parts. styles: how its weights are cut (`styles_of`).
-    sizes: what `parts_of` says of those that are, while all of them are whole. rank, world: which
-    of how many.
+    sizes: what `parts_of` says of those that are, while all of them are whole. mixed: the linears
+    of a part of the channels whose input is turned over all of them (`mixes_ranks`). rank, world:
+    which of how many.
     """
 
     skeleton: Skeleton
     styles: Mapping[str, Style]
     sizes: Mapping[str, tuple[int, int]]
+    mixed: frozenset[str]
     rank: int
     world: int
 
@@ -47,17 +53,20 @@ class Share:
         """How many channels of a weight a rank has along the axis that is cut."""
         return sum(stop - start for start, stop in self.spans(name, rank))
 
-    def of_weight(self, name: str, leaf: Leaf) -> Leaf:
-        """The part of the weight of a module, or of a fused weight of experts."""
+    def of_weight(self, name: str, leaf: Leaf) -> tuple[Leaf, Tensor | None]:
+        """The part of the weight of a module, or of a fused weight of experts, and which channel of
+        its input each column takes, None where that is the order of both."""
         style = self.styles.get(name)
         if style is None or style.axis is None:
-            return leaf
+            return leaf, None
         spans = self.spans(name)
         if isinstance(leaf, QTensor):
-            return _of_codes(name, leaf, style.axis, spans)
+            if style.axis == "k" and leaf.perm is not None:
+                return of_channels(leaf, leaf.perm, spans)
+            return of_tiles(leaf, style.axis, spans), None
         owner = self.skeleton.model.get_submodule(name.rpartition(".")[0])
         turned = leaf.ndim == 3 and getattr(owner, "is_transposed", False)
-        return _along(leaf, -2 if (style.axis == "o") != turned else -1, spans)
+        return _along(leaf, -2 if (style.axis == "o") != turned else -1, spans), None
 
     def of_bias(self, name: str, bias: Tensor) -> Tensor:
         """The part of the bias of a module: of summands, one rank has all of it."""
@@ -73,7 +82,7 @@ class Share:
         module, _, key = name.rpartition(".")
         if key == "bias":
             return self.of_bias(module, value)
-        part = self.of_weight(module if key == "weight" else name, value)
+        part, _ = self.of_weight(module if key == "weight" else name, value)
         assert isinstance(part, Tensor)
         return part
 
@@ -101,16 +110,54 @@ def shared(skeleton: Skeleton, rank: int, world: int) -> Share:
     refuse_degree(limits(skeleton, styles), world)
     cut = {name: style for name, style in styles.items() if style.axis is not None}
     sizes = {name: parts_of(skeleton, name, style) for name, style in cut.items()}
-    return Share(skeleton, styles, sizes, rank, world)
+    mixed = frozenset(
+        name
+        for name, (size, _) in sizes.items()
+        if cut[name].axis == "k" and not cut[name].splits
+        if mixes_ranks(skeleton, name, size // world)
+    )
+    return Share(skeleton, styles, sizes, mixed, rank, world)
 
 
-def _of_codes(name: str, leaf: QTensor, axis: str, spans: Spans) -> QTensor:
+def of_channels(leaf: QTensor, perm: Tensor, spans: Spans) -> tuple[QTensor, Tensor]:
+    """Some input channels of a weight [o, k] whose groups have channels of an order of their own.
+
+    Args:
+        perm: that of the leaf.
+        spans: where the channels lie in the input.
+
+    Returns:
+        The columns of these channels, group after group, in groups of at most `FULL` that repeat
+        the scale of theirs. The last ones of each are filled up with weights of 0. And int64 [k'],
+        the channel among those of the spans that each column takes.
+    """
+    leaf, k = by_rows(leaf), leaf.shape[-1]
+    cols = leaf.spec.tile.cols or k
+    size = min(cols, FULL)
+    mine = torch.cat([torch.arange(start, stop) for start, stop in spans])
+    place_k = torch.full((k,), -1).index_copy(0, mine, torch.arange(len(mine)))[perm.cpu()]
+    columns, groups = [], []
+    for group, places in enumerate(place_k.split(cols)):
+        own = cols * group + (places >= 0).nonzero()[:, 0]
+        columns.append(torch.nn.functional.pad(own, (0, -len(own) % size), value=-1))
+        groups += [group] * (len(columns[-1]) // size)
+    column_j, group_g = torch.cat(columns), torch.tensor(groups)
+    is_filled, column_j = column_j < 0, column_j.clamp_min(0)
+    zeros = None if leaf.zeros is None else leaf.zeros[:, group_g]
+    empty = torch.zeros((), dtype=torch.int8) if zeros is None else zeros.repeat_interleave(size, 1)
+    codes = leaf.codes[:, column_j]
+    part = QTensor(
+        codes=torch.where(is_filled, empty.to(codes.dtype), codes),
+        scales=leaf.scales[:, group_g],
+        zeros=zeros,
+        spec=replace(leaf.spec, tile=Tile(1, size)),
+        outer=leaf.outer,
+    )
+    return part, place_k[column_j].clamp_min(0)
+
+
+def of_tiles(leaf: QTensor, axis: str, spans: Spans) -> QTensor:
     """The part of a quantized weight [..., o, k]."""
-    if axis == "k" and leaf.perm is not None:
-        raise QlabError(
-            f"{name} has its input channels in an order of its own, which is not divided over "
-            "ranks; run the model in one process"
-        )
     tile = leaf.spec.tile
     dim, unit = (-2, tile.rows) if axis == "o" else (-1, tile.cols)
 

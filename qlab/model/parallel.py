@@ -17,8 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from qlab.algebra.online import QuantizeInput, matrix_of
-from qlab.algebra.spec import InputSpec
+from qlab.algebra.online import matrix_of
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.online import at_input, at_output
@@ -247,39 +246,33 @@ def parts_of(skeleton: Skeleton, name: str, style: Style) -> tuple[int, int]:
         units = [spec.tile.rows or 1 for spec in specs if spec]
         matrices = () if is_fused else map(matrix_of, at_output(skeleton, name))
     else:
-        units = [spec.tile.cols or 1 for spec in specs if spec]
-        matrices = map(matrix_of, at_input(skeleton, name))
+        units, matrices = [spec.tile.cols or 1 for spec in specs if spec], ()
     units += [M.shape[-1] for M in matrices if M is not None]
     return (o if style.axis == "o" else k) // style.packed, math.lcm(*units)
 
 
 def _limits_of_inputs(skeleton: Skeleton, name: str) -> Iterator[Limit]:
-    """What keeps the inputs of a weight together beside its own scales."""
-    checkpoint = skeleton.checkpoint
+    """What keeps the inputs of a weight together beside its own scales: groups that are rounded
+    together. On a scale for all channels of a token the ranks agree."""
+    checkpoint, k = skeleton.checkpoint, parts_of(skeleton, name, Style("k"))[0]
     for module in skeleton.names.modules(name):
-        inputs: InputSpec | None = checkpoint.inputs.get(module)
-        if inputs is not None:
-            yield from _limits_of_rounding(skeleton, name, inputs)
-        if any(_is_reordered(checkpoint, part) for part in checkpoint.parts(module)):
-            yield Limit(f"order of its own that the inputs of {generic(name)} have", 1)
-    for op in at_input(skeleton, name):
-        if not isinstance(op, QuantizeInput) and (M := matrix_of(op)) is not None and M.ndim > 2:
-            yield Limit(f"matrix for each block of the inputs of {generic(name)}", 1)
-
-
-def _limits_of_rounding(skeleton: Skeleton, name: str, inputs: InputSpec) -> Iterator[Limit]:
-    k = parts_of(skeleton, name, Style("k"))[0]
-    cols = inputs.spec.tile.cols
-    if cols is not None:
+        inputs = checkpoint.inputs.get(module)
+        cols = None if inputs is None else inputs.spec.tile.cols
+        if cols is None:
+            continue
         count = k // cols if k % cols == 0 else 1
         yield Limit(f"groups of {cols} inputs of {generic(name)} that are rounded together", count)
-    elif not inputs.static:
-        yield Limit(f"scale for all inputs of a token that {generic(name)} rounds", 1)
+        if any(_is_reordered(checkpoint, part) for part in checkpoint.parts(module)):
+            yield Limit(f"order of its own that the grouped inputs of {generic(name)} have", 1)
 
 
 def _is_reordered(checkpoint: Checkpoint, part: str) -> bool:
     """Whether a tensor says that the channels of a group do not lie side by side."""
-    if not part.endswith(G_IDX):
-        return False
-    groups = checkpoint.tensor(part)
-    return bool((groups.diff() < 0).any())
+    return part.endswith(G_IDX) and bool((checkpoint.tensor(part).diff() < 0).any())
+
+
+def mixes_ranks(skeleton: Skeleton, name: str, width: int) -> bool:
+    """Whether the input of a weight is multiplied at run time with a matrix that a rank, which has
+    `width` of its channels, cannot apply alone."""
+    matrices = [matrix_of(op) for op in at_input(skeleton, name)]
+    return any(M is not None and (M.ndim > 2 or width % M.shape[-1] != 0) for M in matrices)

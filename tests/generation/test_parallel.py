@@ -4,14 +4,17 @@ leave nobody waiting."""
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from model_folders import add_tokenizer, prose
+from model_folders import add_tokenizer, prose, random_tokens
 from ranks import run_ranks
 
 import qlab
+from qlab.algebra.grid import encode, minmax
+from qlab.algebra.random import generator
 from qlab.errors import QlabError, ToldElsewhere
 from qlab.generation.parallel import GroupEnded
 from qlab.lowering.resident import resident_bytes
@@ -33,25 +36,62 @@ PAIRS = [
     ("qwen3_moe", None, {}),
     ("phi3", "int8-channel", {}),
     ("deepseek_v3", "int4-g16", {}),
+    ("llama", "shuffled int4-g32-asym", {}),
+    ("llama", "NVFP4", {}),
+    ("qwen2", "W8A8_STATIC", {}),
+    ("phi3", "MXFP8", {}),
 ]
+# Inputs that are rounded by scales of all channels of a token, and one that is turned before that.
+# A sum in another order moves some to the next code.
+ROUNDED = [
+    ("llama", "W8A8", {}),
+    ("llama", "turned W4A8-g32", {}),
+    ("mixtral", "FP8_DYNAMIC", {}),
+    ("qwen3_moe", "W4A8-g16", {}),
+    ("deepseek_v3", "W8A8", {}),
+]
+A_CODE = 0.05  # of the log-probabilities here, at most
 TRIPLES = [("llama", "int4-g16-asym", THREE), ("qwen2", None, THREE | {"vocab_size": 131})]
 
 
 @pytest.fixture(scope="module")
 def made(saved, tmp_path_factory):
-    """made(family, spec, sizes) -> a tiny directory with a tokenizer, quantized or dense."""
+    """made(family, numbers, sizes) -> a tiny directory with a tokenizer, quantized to a spec or a
+    scheme, or dense."""
 
-    def make(family, spec, sizes):
+    def make(family, numbers, sizes):
         path = saved(family, **sizes)
         if not (path / "tokenizer.json").exists():
             add_tokenizer(path)
-        if spec is None:
+        if numbers is None:
             return path
         out = tmp_path_factory.mktemp("parallel") / "out"
-        qlab.quantize(path, qlab.rtn(spec), None, out)
+        kind, _, name = numbers.rpartition(" ")
+        codec = "gptq_v2_desc_act" if kind == "shuffled" else "compressed-tensors"
+        data = random_tokens(path) if name in ("NVFP4", "W8A8_STATIC") else None
+        qlab.quantize(path, recipe(kind, name), data, out, codec=codec)
         return out
 
     return make
+
+
+def recipe(kind, name):
+    if kind == "shuffled":
+        return shuffled(replace(qlab.parse_spec(name), scale_dtype=torch.float16))
+    if name.islower():
+        return qlab.rtn(name)
+    rounded = qlab.scheme(name).recipe("rtn")
+    return qlab.chain(qlab.rotate_online(), rounded) if kind == "turned" else rounded
+
+
+def shuffled(spec):
+    """Rounded to groups whose channels lie anywhere."""
+
+    def part(W_ok, stats, spec):
+        perm = torch.randperm(W_ok.shape[1], generator=generator(0, f"{W_ok.shape}"))
+        return replace(encode(minmax, W_ok[:, perm], spec), perm=perm), {}
+
+    return qlab.each_weight("shuffled", part, spec)
 
 
 def answers(path, device="cpu", rows=3):
@@ -89,6 +129,20 @@ def test_ranks_reply_as_one_process_does(made, tmp_path, world, cases):
         assert several[0][0][4].cached_tokens == one[0][0][4].cached_tokens
     held, whole = first[0], alone[0]
     assert held[1] <= (1 / world + 0.1) * whole[1] and held[3] * world == whole[3]
+
+
+def test_inputs_are_rounded_as_in_one_process(made, tmp_path):
+    paths = [made(*case) for case in ROUNDED]
+    alone = [answers(path)[0][0] for path in paths]
+    first, _ = run_ranks(tmp_path, 2, all_answers, paths)
+    for case, ones, severals in zip(ROUNDED, alone, first):
+        for one, several in zip(ones, severals[0][0], strict=True):
+            for x, y in zip(one.drawn, several.drawn):
+                if x.token != y.token:  # as likely, but for a code
+                    (_, most), (_, next_best) = x.likeliest
+                    assert most - next_best < A_CODE, case
+                    break
+                assert abs(x.logprob - y.logprob) < A_CODE, case
 
 
 def refusals(rank, paths):

@@ -67,21 +67,24 @@ def test_experts_stay_whole_in_their_groups(saved):
     assert degrees(coded(path, "int4-g32", which=is_expert)) == (1,)
 
 
-def test_inputs_that_are_rounded_whole_are_not_divided(saved):
+def test_inputs_that_are_rounded_together_stay_together(saved):
     path = saved("llama")
-    assert degrees(coded(path, "int8-channel", "int8-token")) == (1,)
-    assert degrees(coded(path, "int8-channel", "int8-tensor static")) == (1, 2)
+    for of_all in ("int8-token", "int8-token-asym", "int8-tensor", "int8-tensor static"):
+        assert degrees(coded(path, "int8-channel", of_all)) == (1, 2)
     assert degrees(coded(path, "fp8-channel", "fp8-g32")) == (1, 2)
     assert degrees(coded(path, "fp8-channel", "fp8-g64")) == (1,)
 
 
-@pytest.mark.parametrize("reorder, expected", [(lambda g: g, (1, 2)), (lambda g: g.flip(0), (1,))])
-def test_groups_of_reordered_channels_are_not_divided(folder, reorder, expected):
-    model = coded(folder, "int4-g32", which=lambda name: name == OUT)
+@pytest.mark.parametrize("reorder", [lambda g: g, lambda g: g.flip(0)])
+@pytest.mark.parametrize("inputs", [None, "fp8-token", "fp8-g32"])
+def test_reordered_channels_are_divided_where_no_inputs_are_grouped(folder, reorder, inputs):
+    model = coded(folder, "int4-g32", inputs, which=lambda name: name == OUT)
     g_idx = reorder(torch.arange(64, dtype=torch.int32) // 32)
     tensors = load_file(folder / "model.safetensors") | {f"{OUT}.g_idx": g_idx}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert degrees(replace(open_checkpoint(folder), quantized=model.quantized)) == expected
+    model = replace(open_checkpoint(folder), quantized=model.quantized, inputs=model.inputs)
+    is_grouped = inputs == "fp8-g32" and g_idx[0] > 0
+    assert degrees(model) == ((1,) if is_grouped else (1, 2))
 
 
 def test_an_illegal_degree_is_refused_with_the_legal_ones(saved):

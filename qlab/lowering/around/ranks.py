@@ -2,6 +2,8 @@
 
 by inputs: y = sum over r of y_r       gathered: y = [y_0, y_1, ...]
 a table of embeddings: each rank looks up the ids that it has, the others are 0 there
+an input that is turned over channels of all ranks: x = [x_0, x_1, ...] @ M, of which each takes its
+part; one that is rounded by a scale for all of them: `together`
 """
 
 from typing import Any
@@ -12,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlab.lowering.around.together import round_together
 from qlab.lowering.share import Share
+from qlab.lowering.weights.modules import QuantizedWeight
 
 
 def connect(model: PreTrainedModel, share: Share, group: Any) -> None:
@@ -23,13 +27,13 @@ def connect(model: PreTrainedModel, share: Share, group: Any) -> None:
         group: torch's process group of all ranks.
     """
     for name, style in share.styles.items():
+        if style.axis == "k":
+            _connect_inputs(model, name, share, group)
         if share.skeleton.names.fused(name):
             continue  # the module of all experts has a style of its own
         module = model.get_submodule(name)
         if isinstance(module, nn.Embedding) and style.axis == "o":
             _look_up(module, *share.spans(name)[0])
-        if style.splits:
-            module.register_forward_pre_hook(_split(*share.spans(name)[0]))
         if style.behind == "sum":
             module.register_forward_hook(_sum(group))
         elif style.behind == "gather":
@@ -37,6 +41,22 @@ def connect(model: PreTrainedModel, share: Share, group: Any) -> None:
             module.register_forward_hook(_gather(group, widths))
         if type(module) is nn.Linear:
             module.out_features, module.in_features = module.weight.shape
+
+
+def _connect_inputs(model: PreTrainedModel, name: str, share: Share, group: Any) -> None:
+    """What comes before the product of a weight of some input channels. Rotations are at the module
+    already, between what is put before and behind them here."""
+    owner, _, key = name.rpartition(".")
+    module = getattr(model.get_submodule(owner), key)
+    if name in share.mixed:
+        widths = [share.width(name, rank) for rank in range(share.world)]
+        module.register_forward_pre_hook(_whole(group, widths), prepend=True)
+    if name in share.mixed or share.styles[name].splits:
+        module.register_forward_pre_hook(_split(*share.spans(name)[0]))
+    if isinstance(module, QuantizedWeight):
+        if hasattr(module, "order"):
+            module.register_forward_pre_hook(_put_in_order)
+        round_together(module, group)
 
 
 def _sum(group: Any) -> Any:
@@ -50,15 +70,31 @@ def _sum(group: Any) -> Any:
 
 def _gather(group: Any, widths: list[int]) -> Any:
     """The outputs of all ranks, whose last axis is as wide as it is there."""
-    widest = max(widths)
 
     def gathered(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-        own = F.pad(y, (0, widest - y.shape[-1])).contiguous()
-        parts = [torch.empty_like(own) for _ in widths]
-        dist.all_gather(parts, own, group=group)
-        return torch.cat([part[..., :width] for part, width in zip(parts, widths)], -1)
+        return _of_all(y, group, widths)
 
     return gathered
+
+
+def _whole(group: Any, widths: list[int]) -> Any:
+    """The inputs of all ranks, which have so many channels."""
+
+    def whole(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _of_all(args[0], group, widths), *args[1:]
+
+    return whole
+
+
+def _of_all(x: Tensor, group: Any, widths: list[int]) -> Tensor:
+    own = F.pad(x, (0, max(widths) - x.shape[-1])).contiguous()
+    parts = [torch.empty_like(own) for _ in widths]
+    dist.all_gather(parts, own, group=group)
+    return torch.cat([part[..., :width] for part, width in zip(parts, widths)], -1)
+
+
+def _put_in_order(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return args[0][..., module.order], *args[1:]
 
 
 def _split(start: int, stop: int) -> Any:
