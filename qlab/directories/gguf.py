@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,10 +33,11 @@ from qlab.driver.report import stored_bits
 from qlab.errors import QlabError, first_line
 from qlab.files.certificate import certify
 from qlab.files.checkpoint import Checkpoint
-from qlab.files.directory import CONFIG, read_json
+from qlab.files.directory import CONFIG, read_header, read_json
 from qlab.files.readback import MARKS, mark, refuse_misread
 from qlab.files.record import refuse_foreign_record, versions, written
 from qlab.files.writer import Writer
+from qlab.model.linears import linears_of
 from qlab.model.skeleton import Skeleton
 from qlab.process.surroundings import foreign, undisturbed
 
@@ -65,12 +67,6 @@ def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) 
     gguf.blocks_of(path, reader, arch)  # before that many are built
     fields = gguf.fields(reader)
     embedded = _embedded(fields)
-    mixed = next((t.name for t in reader.tensors if gguf.STACKED in t.name), None)
-    if mixed:
-        raise QlabError(
-            f"{path} holds {mixed}, all experts of a projection in one tensor, of which qlab makes "
-            "no directory; keep the one that the file was made of"
-        )
     said = None if embedded else gguf_keys.said(path, arch, fields)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -103,15 +99,19 @@ def _fill(
     generation = skeleton.model.generation_config
     if generation is not None and not (scratch / GENERATION).exists():
         generation.save_pretrained(scratch)
-    specs: dict[str, Spec | None] = dict.fromkeys(skeleton.names.linears())
+    specs: dict[str, Spec] = {}
     notes: Notes = {"sites": {}, "certificates": {}, "dequantized": {}}
     writer.write_shard(0, _tensors(path, codec, skeleton, specs, record, notes))
     refuse_misread(writer.shard(0), notes.pop(MARKS, {}), codec)
     writer.write_notes(0, notes)
     raw |= {"architectures": [type(skeleton.model).__name__], "dtype": "bfloat16"}
-    if any(specs.values()):
+    if specs:
         raw["dtype"] = "float16"  # that of the blocks' scales, which bfloat16 would round
-        raw["quantization_config"] = codec.config(specs)
+        coded = replace(empty, stored=read_header(writer.shard(0)), codec=codec, quantized=specs)
+        linears = linears_of(Skeleton(coded, torch.bfloat16, model=skeleton.model))
+        raw["quantization_config"] = codec.config(
+            {name: specs.get(module) for name, module in linears.items()}
+        )
     kept = {key: rows for key, rows in record.items() if key in KEPT}
     writer.finish(written(raw, job, kept | notes), scratch)
 
@@ -120,24 +120,25 @@ def _tensors(
     path: Path,
     codec: Codec,
     skeleton: Skeleton,
-    specs: dict[str, Spec | None],
+    specs: dict[str, Spec],
     record: Mapping[str, Any],
     notes: Notes,
 ) -> Iterator[tuple[str, Tensor]]:
-    """What the directory holds, one tensor at a time; fills in the specs of linears that stay
-    codes, and their rows and certificates, which are those that a file of qlab's has."""
+    """What the directory holds, one tensor at a time; fills in the specs of linears and experts
+    that stay codes, and their rows and certificates, which are those that a file of qlab's has."""
     rows, certificates = record.get("sites", {}), record.get("certificates", {})
     widened = record.get(WIDENED, {})
-    shapes = {name: p.shape for name, p in skeleton.model.named_parameters(remove_duplicate=False)}
-    for name, kind, leaf in gguf.tensors(path, shapes):
-        module = name.rpartition(".")[0]
-        if leaf.shape != shapes[name]:
+    saved, linears = skeleton.names.saved(), {f"{n}.weight" for n in skeleton.names.linears()}
+    for name, kind, leaf in gguf.tensors(path, saved):
+        module, (parameter, shape) = name.rpartition(".")[0], saved[name]
+        if leaf.shape != shape:
             raise QlabError(
-                f"{path}: {name} is {tuple(leaf.shape)} and {tuple(shapes[name])} by the config "
+                f"{path}: {name} is {tuple(leaf.shape)} and {tuple(shape)} by the config "
                 "that transformers reads from the file, which is damaged or of a variant that "
                 "transformers does not know; convert another"
             )
-        if isinstance(leaf, QTensor) and module in specs:
+        may_stay = parameter in linears or gguf.expert_of(name) is not None
+        if isinstance(leaf, QTensor) and may_stay:
             specs[module] = leaf.spec
             notes["sites"][module] = {
                 **rows.get(module, {}),

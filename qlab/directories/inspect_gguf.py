@@ -18,7 +18,9 @@ def facts_of(path: Path) -> dict[str, Any]:
     rows = {name: dict(row) for name, row in record.get("sites", {}).items()}
     weights = [f"{name}.weight" for name in rows]
     called = file_format.file_names(arch, file_format.blocks_of(path, reader, arch), weights)
-    names = {file: name.removesuffix(".weight") for name, file in called.items()}
+    names: dict[str, list[str]] = {}  # a tensor may be of all experts
+    for name, file in called.items():
+        names.setdefault(str(file), []).append(name.removesuffix(".weight"))
     dtypes: Counter[str] = Counter()
     sites: dict[str, dict[str, Any]] = {}
     unquantized: dict[str, str] = {}
@@ -26,13 +28,14 @@ def facts_of(path: Path) -> dict[str, Any]:
         kind = tensor.tensor_type.name
         dtypes[kind] += int(tensor.n_bytes)
         stored = f"{kind} {'x'.join(str(size) for size in reversed(tensor.shape.tolist()))}"
-        if kind not in file_format.BITS or len(tensor.shape) != 2:
+        if kind not in file_format.BITS or len(tensor.shape) not in (2, 3):
             unquantized[tensor.name] = stored
             continue
-        module = names.get(tensor.name, tensor.name.removesuffix(".weight"))
         spec = str(gguf_blocks.spec_of(file_format.BITS[kind]))
-        told = {"spec": spec, "stored": stored, "bytes": int(tensor.n_bytes)}
-        sites[module] = {**rows.pop(module, {}), **told}
+        modules = names.get(tensor.name, [tensor.name.removesuffix(".weight")])
+        told = {"spec": spec, "stored": stored, "bytes": int(tensor.n_bytes) // len(modules)}
+        for module in modules:
+            sites[module] = {**rows.pop(module, {}), **told}
     return {
         "path": path,
         "model_type": arch,

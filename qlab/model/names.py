@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlab.files.checkpoint import Checkpoint
-from qlab.model.pieces import Piece, pieces_of_experts
+from qlab.model.pieces import Piece, pieces_of_experts, saved_name
 from qlab.model.spelling import spellings
 from qlab.model.ties import apart, ties
 
@@ -83,6 +83,18 @@ class Names:
         if name not in self._pieces:
             self._pieces[name] = pieces_of_experts(self.model, name, self._stored)
         return self._pieces[name]
+
+    def saved(self) -> dict[str, tuple[str, torch.Size]]:
+        """The tensors as which transformers saves the model -> the parameter that each is of, and
+        its shape. Of fused experts every projection is one."""
+        saved: dict[str, tuple[str, torch.Size]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter.ndim < 3:
+                saved[saved_name(self.model, name)] = name, parameter.shape
+            for piece in self.expert_pieces(name) if parameter.ndim == 3 else ():
+                shape = torch.Size((piece.stop - piece.start, parameter.shape[-1]))
+                saved[piece.name] = name, shape
+        return saved
 
     def lacking(self, name: str) -> list[str]:
         """The tensors of a parameter that the files hold neither as they are nor as codes."""

@@ -206,3 +206,9 @@ def pieces_of_experts(
 def _spelled(name: str, prefix: str, stored: Collection[str]) -> str:
     bare = name.removeprefix(f"{prefix}.")
     return bare if name not in stored and bare in stored else name
+
+
+def saved_name(model: PreTrainedModel, name: str) -> str:
+    """How transformers calls a parameter of at most two axes when it saves it."""
+    [saved] = revert_weight_conversion(model, {name: model.get_parameter(name)})
+    return saved

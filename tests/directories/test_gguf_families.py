@@ -14,6 +14,7 @@ from bytewise import TEXTS, VOCABULARY, model_folder
 from bytewise import tokenizer as bytes_tokenizer
 from model_folders import bits_equal, prose, refused
 from piecewise import SPACES, tokenizer
+from transformers import AutoTokenizer
 
 import qlab
 from qlab.codecs import gguf_keys
@@ -54,6 +55,17 @@ def rounded(model, out):
     return qlab.quantize(open_checkpoint(model), qlab.rtn(spec), None, out).path
 
 
+def settings(model):
+    return {k: v for k, v in model.raw.items() if k not in ("quantization_config", "dtype")}
+
+
+def rules(model):
+    """What a configuration says of each module."""
+    said = model.raw["quantization_config"]
+    groups = [sorted(group["targets"]) for group in said["config_groups"].values()]
+    return sorted(said["ignore"]), groups
+
+
 def of_llama(file, **asked):
     answer = subprocess.run(
         [sys.executable, DRIVER, file], input=json.dumps(asked), capture_output=True, text=True
@@ -84,19 +96,37 @@ def test_llama_cpp_agrees_and_the_file_reads_back(family, tmp_path):
 
     # it rounds inputs of products to 8 bits; the next position is another distribution
     assert kl(told).max() < 2e-3 < 0.02 < kl(told.roll(1, 0)).mean()
-    if any(
-        gguf_tensor.name.endswith("_exps.weight") for gguf_tensor in gguf.GGUFReader(file).tensors
-    ):
-        refused(lambda: convert(file, "gptq", tmp_path / "back"), "all experts", "no directory")
-        return
     back = open_checkpoint(convert(file, "compressed-tensors", tmp_path / "back").path)
     before = open_checkpoint(directory)
-    assert before.quantized.keys() == back.quantized.keys()
+    assert before.quantized == back.quantized and before.stored.keys() == back.stored.keys()
     for module in before.quantized:
         name = f"{module}.weight"
         assert fingerprint(before.leaf(name)) == fingerprint(back.leaf(name))
     plain = [n for n in before.stored if n.rpartition(".")[0] not in before.quantized]
     assert all(bits_equal(before.tensor(name), back.tensor(name)) for name in plain)
+    assert settings(before) == settings(back)
+    assert rules(back) == rules(before)
+    texts = [AutoTokenizer.from_pretrained(model.path) for model in (before, back)]
+    assert texts[0](TEXTS).input_ids == texts[1](TEXTS).input_ids
+    assert qlab.inspect(file).sites.keys() == before.quantized.keys()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_of_several_widths_read_back(family, tmp_path):
+    words = bytes_tokenizer("qwen2")
+    model = model_folder(tmp_path / "m", family, torch.bfloat16, words, **CASES[family])
+    eight, four = (
+        qlab.rtn(replace(qlab.parse_spec(spec), scale_dtype=torch.float16))
+        for spec in ("int8-g32", "int4-g32")
+    )
+    mixed = {"*.self_attn.*": eight, "*.0.*.down_proj": qlab.keep(), "*": four}
+    before = qlab.quantize(model, qlab.rules(mixed), None, tmp_path / "q").path
+    file = convert(before, "gguf", tmp_path / "x.gguf").path
+    assert qlab.verify(file, model).faults == []
+    back = convert(file, "gptq_v2", tmp_path / "back").path
+    ids = torch.arange(3, 35).reshape(2, 16)
+    ours, theirs = (qlab.lower(path, dtype=torch.float32)(ids).logits for path in (before, back))
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
