@@ -1,11 +1,16 @@
 """quantize --model-free: from the files alone."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlab.cli.choices import Choices, codec_of, maker_of, recipe_for, refuse_unused
 from qlab.cli.options import resolved
 from qlab.cli.output import console, report
 from qlab.errors import QlabError
+
+if TYPE_CHECKING:
+    from qlab.algebra.transform import Transform
+    from qlab.files.checkpoint import Checkpoint
 
 
 def refuse_site_choices(choices: Choices) -> None:
@@ -37,14 +42,19 @@ def quantize_without_model(
     """Quantize the weights that `include` and `exclude` choose, and say what was written."""
     from qlab.directories.model_free import KEPT, quantize_files
     from qlab.files.checkpoint import open_checkpoint
+    from qlab.process.ranks import agreed, is_first
 
-    refuse_of_runs(choices)
-    maker = maker_of(method, choices, usual="rtn")
-    opened = open_checkpoint(resolved(model))
-    codec = codec_of(choices, maker)
+    def asked() -> "tuple[Checkpoint, Transform, str]":
+        refuse_of_runs(choices)
+        maker = maker_of(method, choices, usual="rtn")
+        opened = open_checkpoint(resolved(model))
+        codec = codec_of(choices, maker)
+        return opened, recipe_for(opened, maker, choices, codec), codec
+
+    opened, recipe, codec = agreed(asked)
     result = quantize_files(
         opened,
-        recipe_for(opened, maker, choices, codec),
+        recipe,
         out,
         include=include or ("*",),
         exclude=(*KEPT, *(exclude or ())),
@@ -53,6 +63,8 @@ def quantize_without_model(
         overwrite=overwrite,
         resume=resume,
     )
+    if not is_first():
+        return
     cost = f"{result.seconds:.1f} s, peak {result.peak_rss_bytes / 2**20:.0f} MiB"
     console().print(
         f"{result.path}: {codec}, {len(result.sites)} weights, {result.bits_per_weight:.3f} bits "

@@ -149,11 +149,8 @@ def quantize(
     def check_place() -> None:
         if is_first():  # others would see what it makes there
             output_place(out, model, texts, overwrite, resume, json_file, choices.codec or "")
-        if (model_free or jobs) and is_joined:
-            raise QlabError(
-                f"{'--model-free' if model_free else '--jobs'} is done by one process; start it "
-                "without torchrun"
-            )
+        if jobs and is_joined:
+            raise QlabError("--jobs is done by one process; start it without torchrun")
 
     agreed(check_place)
     if jobs is not None:

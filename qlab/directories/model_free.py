@@ -9,6 +9,7 @@ names for them.
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from qlab.algebra.stats import name_of
 from qlab.algebra.transform import Transform
 from qlab.algebra.views import EachWeight, Uncovered
 from qlab.codecs import CODECS, Codec, codec_of_directories
+from qlab.directories.by_ranks import made_together
 from qlab.directories.chosen import KEPT, chosen_weights
 from qlab.driver.admissible import Admission, Refusals, tile_misfit
 from qlab.driver.job import CODEC
 from qlab.driver.pieces import put_together
+from qlab.driver.ranks import Ranks, refuse_unlike, together
 from qlab.driver.report import PeakMemory, describe, site_rows
 from qlab.driver.result import Written
 from qlab.driver.siblings import Siblings
@@ -41,7 +44,8 @@ from qlab.files.parts import Parts
 from qlab.files.place import place, refuse_early
 from qlab.files.readback import MARKS, refuse_misencoded
 from qlab.files.record import recorded, versions, written
-from qlab.files.shardwise import Notes, leaves_by_file, rewrite_file, rewrite_files
+from qlab.files.segments import Segments
+from qlab.files.shardwise import Notes, leaves_by_file, rewrite_file, rewrite_files, sizes_by_file
 from qlab.files.writer import Writer
 from qlab.model.modules import Modules
 from qlab.process.later import Later
@@ -93,7 +97,8 @@ def quantize_files(
     resume: bool = False,
 ) -> Rewritten:
     """Apply a recipe of data-free methods to the linear weights of a directory, also of
-    architectures that transformers does not know.
+    architectures that transformers does not know. The ranks of an initialised process group make
+    its files together.
 
     Weights that are stored as 8-bit floats are dequantized first, whether they are chosen or not.
 
@@ -128,21 +133,49 @@ def quantize_files(
         ('model.layers.0.self_attn.q_proj', 8.25)
     """
     started = time.perf_counter()
-    files = Files(model, recipe, out, include=include, exclude=exclude, codec=codec, target=target)
-    refuse_early(files.out, overwrite, resume)
-    with PeakMemory() as peak, Writer(files.out, overwrite, resume) as writer:
-        writer.begin(files.identity, files.count, files.model.path, source=files.source)
-        if not writer.finished:
-            with writer.refusing():
-                leaves = files.leaves
-                rewrite_files(files.model, writer, leaves.rewritten, "quantizing", leaves.codec)
-            files.end(writer)
+    with together("cpu") as ranks, PeakMemory() as peak:
+        files = Files(
+            model, recipe, out, include=include, exclude=exclude, codec=codec, target=target
+        )
+        if ranks.world > 1:
+            asked = {"outputs": str(files.out), "engines": target, **files.identity}
+            refuse_unlike(ranks, {"": {_SEEN.get(what, what): asked[what] for what in asked}})
+        if ranks.is_first:
+            refuse_early(files.out, overwrite, resume)
+            with Writer(files.out, overwrite, resume) as writer:
+                _write(files, writer, ranks)
+        else:
+            _write(files, None, ranks)
+        sites = ranks.first(lambda: recorded(files.out)["sites"])
     return Rewritten(
-        path=writer.out,
-        sites=recorded(writer.out)["sites"],
+        path=files.out,
+        sites=sites,
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak.bytes,
     )
+
+
+# what identifies a run, as ranks that see another one are told
+_SEEN = {"source": "models", "recipe": "recipes", "sites": "chosen weights", "codec": "formats"}
+
+
+def _write(files: "Files", own_writer: Writer | None, ranks: Ranks) -> None:
+    """Write what is lacking, by all ranks. own_writer: of rank 0; None on others."""
+    if own_writer is not None:
+        own_writer.begin(files.identity, files.count, files.model.path, source=files.source)
+    if ranks.first(lambda: own_writer is not None and own_writer.finished):
+        return
+    with ExitStack() as stack:
+        if own_writer is not None:
+            stack.enter_context(own_writer.refusing())
+        if ranks.world == 1 and own_writer is not None:
+            leaves = files.leaves
+            rewrite_files(files.model, own_writer, leaves.rewritten, "quantizing", leaves.codec)
+        else:
+            made_together(files.make, sizes_by_file(files.model), files.source, own_writer, ranks)
+    if own_writer is not None:
+        files.end(own_writer)
+    ranks.told(None)  # the others wait until all is in place
 
 
 class Files:
@@ -178,7 +211,7 @@ class Files:
         opened.refuse_unheld()
         modules = opened.experts_apart()
         files = HashedFiles(modules.checkpoint.path, modules.checkpoint.stored)
-        self.source: HashedFiles | None = files
+        self.source = files
         source = self.model = replace(modules.checkpoint, reader=files.read)
         _refuse_recipe(recipe, codec)
         self.out = place(out, source.path, set(source.files.values()))
@@ -199,7 +232,7 @@ class Files:
 
     @undisturbed
     @torch.no_grad()
-    def make(self, parts: Parts, index: int) -> None:
+    def make(self, parts: Segments, index: int) -> None:
         """See `qlab.driver.pieces.Pieces`."""
         leaves = leaves_by_file(self.model)[index]
         rewrite_file(parts, index, leaves, self.leaves.rewritten, self.leaves.codec)

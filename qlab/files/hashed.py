@@ -119,9 +119,20 @@ class HashedFiles:
         what was not hashed yet."""
         digest = hashlib.sha256((self.folder / CONFIG).read_bytes())
         for file in self._hashed.values():
-            file.finish()
-            digest.update(file.hasher.digest())
+            digest.update(file.digest())
         return digest.hexdigest()
+
+    # ------------------------------------------------------------------ several that read
+    def whole_files(self) -> dict[str, bytes]:
+        """The files that are hashed to their end: name -> hash."""
+        whole = [file for file in self._hashed.values() if file.position == file.seen.size]
+        return {file.path.name: file.digest() for file in whole}
+
+    def know(self, whole: Mapping[str, bytes]) -> None:
+        """Take over hashes of whole files that somebody else has read, as `whole_files` gives
+        them."""
+        for file in self._hashed.values():
+            file.known = whole.get(file.path.name, file.known)
 
     # ------------------------------------------------------------------ resuming
     def proof(self) -> dict[str, Any]:
@@ -167,6 +178,7 @@ class _HashedFile:
     def __init__(self, path: Path, seen: Seen, starts: Iterable[int], files: OpenFiles) -> None:
         self.path, self.seen, self._files = path, seen, files
         self.position = 0
+        self.known: bytes | None = None  # the hash of the whole file, by who has read it
         self.hasher = Behind()
         self._unread = sorted(starts, reverse=True)  # where tensors begin; the last comes first
         self._read: set[int] = set()
@@ -199,6 +211,13 @@ class _HashedFile:
                     )
                 self.hasher.update(block)
                 self.position += len(block)
+
+    def digest(self) -> bytes:
+        """The hash of the whole file, of which the rest is read where nobody else did."""
+        if self.known is not None:
+            return self.known
+        self.finish()
+        return self.hasher.digest()
 
     def finish(self) -> None:
         """Hash the rest of the file."""

@@ -2,6 +2,7 @@
 definition."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,16 @@ def leaves_by_file(model: Checkpoint) -> list[list[str]]:
     """The leaves of each file in its order: the name of every plain tensor, and `module.weight` for
     a quantized module, whose tensors count where the first of them lies. A quantized module's bias
     is a plain tensor, and so are those of the model's extras."""
-    files: dict[Any, list[str]] = {}
+    return list(_by_file(model).values())
+
+
+def sizes_by_file(model: Checkpoint) -> list[int]:
+    """The bytes of the same files."""
+    return [file.stat().st_size for file in _by_file(model)]
+
+
+def _by_file(model: Checkpoint) -> dict[Path, list[str]]:
+    files: dict[Path, list[str]] = {}
     seen: set[str] = set()
     places = {file: number for number, file in enumerate(dict.fromkeys(model.files.values()))}
     in_order = sorted(model.stored.items(), key=lambda each: (places[each[1].file], each[1].start))
@@ -32,7 +42,7 @@ def leaves_by_file(model: Checkpoint) -> list[list[str]]:
         if leaf not in seen:
             files.setdefault(stored.file, []).append(leaf)
             seen.add(leaf)
-    return list(files.values())
+    return files
 
 
 def rewrite_files(

@@ -20,6 +20,7 @@ from qlab.files.record import job_of
 JOB = "job.json"  # what identifies the run that began there
 OVERWRITE = "overwrite"  # the run may replace an existing output
 REPLACED = "replaced"  # the output that is being replaced
+PARTS = "parts-*"  # the folder in which other ranks of a run make files
 NAMES = "names.json"  # names of the files beside the shards, written before the first of them
 
 
@@ -108,7 +109,7 @@ def _is_ours(name: str, known: set[str], any_shard: bool) -> bool:
 def _is_work(name: str) -> bool:
     """Whether a run writes a file of this name into its work folder."""
     path = Path(name)
-    kinds = (".*.tmp", "notes-[0-9]*.json", "carry-*-[0-9]*.bin")
+    kinds = (".*.tmp", "notes-[0-9]*.json", "carry-*-[0-9]*.bin", PARTS)
     return name in (LOCK, JOB, OVERWRITE, REPLACED, NAMES) or any(map(path.match, kinds))
 
 
