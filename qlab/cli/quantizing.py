@@ -217,12 +217,13 @@ def _as_file(job: "Job", out: Path, overwrite: bool, **options: Any) -> "Result"
     """Quantize into a directory beside the file that is made of it; a killed run is continued
     there."""
     import qlab
-    from qlab.directories.to_gguf import gguf_place
+    from qlab.directories.to_gguf import gguf_place, said_in_keys
     from qlab.driver.job import CODEC
     from qlab.process.ranks import is_first
 
     qlab.plan(**vars(job)).check(job.memory)  # refuses what the file would not hold
     file = gguf_place(out, job.model.path, overwrite)
+    said_in_keys(job.model)
     folder = file.with_name(f"{file.name}.quantized")
     whole = {**vars(job), "codec": CODEC}
     result = qlab.quantize(**whole, out=folder, overwrite=overwrite, **options)

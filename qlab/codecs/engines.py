@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qlab.algebra.spec import Float, InputSpec, Int, Spec, Tile, parse_input_spec, parse_spec
+from qlab.codecs import architectures
 from qlab.codecs.around import Rows
 from qlab.errors import QlabError
 
@@ -64,7 +65,8 @@ class Target:
     input channels. turns: the places (`codecs.around`) at which it multiplies with matrices at run
     time. caches: how it rounds keys and values, as (type, bits, what a static scale covers).
     rounds: the inputs that it rounds, all of them in compressed-tensors' files; None for every one
-    that the format holds.
+    that the format holds. builds: the architectures of config.json that it builds; empty where they
+    were not listed.
     """
 
     rows: tuple[Row | Floats, ...]
@@ -74,6 +76,7 @@ class Target:
     turns: tuple[str, ...] = ()
     caches: tuple[tuple[str, int, str], ...] = ()
     rounds: tuple[Beside, ...] | None = ()
+    builds: tuple[str, ...] = ()
 
 
 def _floats(*names: str) -> Floats:
@@ -102,6 +105,7 @@ TURBOMIND = Target(
         Row("gptq", (4,), (Tile(1, 128),)),
     ),
     uniform=True,
+    builds=architectures.TURBOMIND,
 )
 TARGETS: Mapping[str, Target] = {
     "vllm": Target(
@@ -127,6 +131,7 @@ TARGETS: Mapping[str, Target] = {
             Row(CT, (4,), (Tile(1, 32),), linears=False),
         ),
         uniform=True,
+        builds=architectures.PYTORCH,
     ),
     "transformers": Target(
         (
@@ -157,6 +162,17 @@ def target_named(name: str) -> Target:
             f"the target {name!r} is unknown; qlab knows the limits of {', '.join(TARGETS)}"
         )
     return TARGETS[name]
+
+
+def refusal_of_architectures(name: str, named: object) -> str | None:
+    """Why the engine does not build a model of which config.json says these `architectures`, or
+    None. One that says none is not known to be refused."""
+    built = target_named(name).builds
+    if not built or not isinstance(named, list) or not named or named[0] in built:
+        return None
+    others = [other for other, target in TARGETS.items() if named[0] in target.builds]
+    hint = f"{others[0]} does" if others else "choose another engine"
+    return f"{name} builds no {named[0]}; {hint}"
 
 
 def safest_codec(name: str, spec: Spec) -> str:

@@ -229,7 +229,8 @@ def _refuse_rounded_inputs(source: Checkpoint, codec: str) -> None:
         more = f" and {len(source.inputs) - 1} more" if len(source.inputs) > 1 else ""
         raise QlabError(
             f"{codec} cannot hold the rounding of inputs that {source.path} has at {path} "
-            f"({rounded}){more}, which would be lost; choose compressed-tensors"
+            f"({rounded}){more}, which would be lost; choose compressed-tensors, or quantize the "
+            "model without rounded inputs"
         )
 
 

@@ -8,7 +8,7 @@ from qlab.driver.admissible import Refusals, joined_sites
 from qlab.driver.sites import sites_of
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
-from qlab.model.parallel import degrees
+from qlab.model.parallel import limits, mixed_inputs, refuse_degree, styles_of
 from qlab.model.skeleton import Skeleton
 
 TURNS, CACHE = "transform_config", "kv_cache_scheme"  # keys of what happens at run time
@@ -24,26 +24,42 @@ def refuse_unloadable(model: Checkpoint, target: str, ranks: int = 1) -> None:
 
     Raises:
         QlabError: Names the weights, what the engine does not load of them and the nearest that it
-            does; or the numbers of ranks over which the directory can be divided.
+            does; an architecture that it does not build; or the numbers of ranks over which the
+            directory can be divided.
     """
-    limits = engines.target_named(target)
+    engine = engines.target_named(target)
+    unbuilt = engines.refusal_of_architectures(target, model.raw.get("architectures"))
+    if unbuilt:
+        raise QlabError(f"{model.path}: {unbuilt}")
     specs = {module: spec for module, spec in model.quantized.items() if spec}
     if specs:
         _refuse_weights(model, target, specs)
     for extra in model.extras:
-        held = {TURNS: limits.turns, CACHE: limits.caches}.get(extra.key, ())
+        held = {TURNS: engine.turns, CACHE: engine.caches}.get(extra.key, ())
         if extra.online and not held:
             raise QlabError(
                 f"{model.path}: {extra.says}, which {target} does not do; run it with qlab or "
                 "quantize without it"
             )
     if ranks > 1:
-        legal = degrees(model)
-        if ranks not in legal:
-            raise QlabError(
-                f"{model.path} cannot be divided over {ranks} ranks; it can be over "
-                f"{', '.join(map(str, legal))}"
-            )
+        _refuse_ranks(model, target, ranks)
+
+
+def _refuse_ranks(model: Checkpoint, target: str, ranks: int) -> None:
+    """Refuse a number of ranks that the model's plan, its heads and its groups do not allow, and
+    inputs that are turned over channels of several ranks, which qlab alone gathers."""
+    skeleton = Skeleton(model, model.dtype)
+    try:
+        styles = styles_of(skeleton)
+        refuse_degree(limits(skeleton, styles), ranks)
+    except QlabError as error:
+        raise QlabError(f"{model.path}: {error}") from error
+    turned = sorted(mixed_inputs(skeleton, styles, ranks))
+    if turned:
+        raise QlabError(
+            f"{model.path}: the input of {turned[0]} is turned at run time over channels of "
+            f"several ranks, which {target} was not seen to do; run it on 1"
+        )
 
 
 def _refuse_weights(model: Checkpoint, target: str, specs: Mapping[str, Spec]) -> None:

@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +30,7 @@ from qlab.codecs.gguf_models import MODELS, Model
 from qlab.data.calibration import tokenizer_of
 from qlab.directories.gguf import EMBEDDED, WIDENED, is_embedded
 from qlab.directories.gguf_config import frequency_factors, unsaid
-from qlab.directories.gguf_tokenizer import vocabulary
+from qlab.directories.gguf_tokenizer import Vocabulary, vocabulary
 from qlab.errors import QlabError
 from qlab.files.atomic import atomically, remove_abandoned
 from qlab.files.checkpoint import GGUF, Checkpoint
@@ -97,9 +97,7 @@ def to_gguf(
         QlabError: An architecture, a setting of the config or a tokenizer that the format does not
             say, or a leaf that it does not hold.
     """
-    model = _Model.of(source)
-    words = vocabulary(str(source.path), tokenizer_of(source), model.settings["vocab_size"])
-    _refuse_unsaid(source, model)
+    model, words = _Model.of(source), said_in_keys(source)
     notes: Notes = {}
 
     def write(temporary: Path) -> None:
@@ -128,6 +126,15 @@ def to_gguf(
     return notes
 
 
+def said_in_keys(source: Checkpoint) -> Vocabulary:
+    """The vocabulary of a model, quantized or not yet, as a file says it; refuses a model whose
+    architecture, config or tokenizer the keys of a file do not say, before a weight is read."""
+    model = _Model.without_tensors(source)
+    words = vocabulary(str(source.path), tokenizer_of(source), model.settings["vocab_size"])
+    _refuse_unsaid(source, model)
+    return words
+
+
 @dataclass(frozen=True)
 class _Model:
     """What a directory is in the terms of the format.
@@ -142,7 +149,8 @@ class _Model:
     names: Mapping[str, str]
 
     @classmethod
-    def of(cls, source: Checkpoint) -> "_Model":
+    def without_tensors(cls, source: Checkpoint) -> "_Model":
+        """The same before the leaves have names."""
         kind = MODELS.get(str(source.raw.get("model_type")))
         if kind is None:
             raise QlabError(
@@ -150,8 +158,15 @@ class _Model:
                 f"writes GGUF files of {', '.join(MODELS)}: run the directory as it is"
             )
         settings = gguf_keys.flat(source.config.to_dict())
+        return cls(source.path.name, kind, source.config, settings, {})
+
+    @classmethod
+    def of(cls, source: Checkpoint) -> "_Model":
+        """That of a directory as it is written."""
+        model = cls.without_tensors(source)
         leaves = [name for file in leaves_by_file(source) for name in file]
-        called = file_format.file_names(kind.arch, settings["num_hidden_layers"], leaves)
+        blocks = model.settings["num_hidden_layers"]
+        called = file_format.file_names(model.kind.arch, blocks, leaves)
         nameless = [name for name, file_name in called.items() if file_name is None]
         if nameless:
             raise QlabError(
@@ -159,7 +174,7 @@ class _Model:
                 "is"
             )
         names = {name: file_name for name, file_name in called.items() if file_name}
-        return cls(source.path.name, kind, source.config, settings, names)
+        return replace(model, names=names)
 
     def write_keys(self, writer: "gguf.GGUFWriter") -> None:
         """Add what the format's keys say of the model, and the factors of its frequencies."""

@@ -16,7 +16,7 @@ from qlab.algebra.tile import legal_groups
 from qlab.algebra.transform import Transform, makes_weights, puts_on_values
 from qlab.algebra.views import EachWeight
 from qlab.codecs import CODECS, refusal_of_transposed
-from qlab.codecs.engines import division, refusal, uniformity
+from qlab.codecs.engines import division, refusal, refusal_of_architectures, uniformity
 from qlab.driver.sites import Sites
 from qlab.errors import QlabError
 from qlab.model.skeleton import Skeleton
@@ -138,6 +138,10 @@ def check_specs(
         for names in joined_sites(model.sites):
             divided = division(admission.target, {name: specs[name] for name in names})
             refusals.add(divided, *names)
+        unbuilt = refusal_of_architectures(
+            admission.target, skeleton.checkpoint.raw.get("architectures")
+        )
+        refusals.add(unbuilt, str(skeleton.checkpoint.path))
     refusals.raise_first()
     if rounded:
         CODECS[admission.codec].config(specs)  # refuses what no config can say of all of them

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlab.algebra.qtensor import Leaf, QTensor, by_rows
 from qlab.algebra.tile import Tile
-from qlab.model.parallel import Style, limits, mixes_ranks, parts_of, refuse_degree, styles_of
+from qlab.model.parallel import Style, limits, mixed_inputs, parts_of, refuse_degree, styles_of
 from qlab.model.skeleton import Skeleton
 
 Spans = Sequence[tuple[int, int]]
@@ -29,7 +29,7 @@ class Share:
 
     skeleton: the model that is filled with parts. styles: how its weights are cut (`styles_of`).
     sizes: what `parts_of` says of those that are, while all of them are whole. mixed: the linears
-    of a part of the channels whose input is turned over all of them (`mixes_ranks`). rank, world:
+    of a part of the channels whose input is turned over all of them (`mixed_inputs`). rank, world:
     which of how many.
     """
 
@@ -110,12 +110,7 @@ def shared(skeleton: Skeleton, rank: int, world: int) -> Share:
     refuse_degree(limits(skeleton, styles), world)
     cut = {name: style for name, style in styles.items() if style.axis is not None}
     sizes = {name: parts_of(skeleton, name, style) for name, style in cut.items()}
-    mixed = frozenset(
-        name
-        for name, (size, _) in sizes.items()
-        if cut[name].axis == "k" and not cut[name].splits
-        if mixes_ranks(skeleton, name, size // world)
-    )
+    mixed = mixed_inputs(skeleton, cut, world)
     return Share(skeleton, styles, sizes, mixed, rank, world)
 
 

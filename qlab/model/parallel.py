@@ -271,8 +271,14 @@ def _is_reordered(checkpoint: Checkpoint, part: str) -> bool:
     return part.endswith(G_IDX) and bool((checkpoint.tensor(part).diff() < 0).any())
 
 
-def mixes_ranks(skeleton: Skeleton, name: str, width: int) -> bool:
-    """Whether the input of a weight is multiplied at run time with a matrix that a rank, which has
-    `width` of its channels, cannot apply alone."""
-    matrices = [matrix_of(op) for op in at_input(skeleton, name)]
-    return any(M is not None and (M.ndim > 2 or width % M.shape[-1] != 0) for M in matrices)
+def mixed_inputs(skeleton: Skeleton, styles: Mapping[str, Style], world: int) -> frozenset[str]:
+    """The weights of a part of the input channels whose input is multiplied at run time with a
+    matrix over channels of several ranks."""
+
+    def is_mixed(name: str, style: Style) -> bool:
+        width = parts_of(skeleton, name, style)[0] // world
+        matrices = [matrix_of(op) for op in at_input(skeleton, name)]
+        return any(M is not None and (M.ndim > 2 or width % M.shape[-1] != 0) for M in matrices)
+
+    cut = {name: style for name, style in styles.items() if style.axis == "k" and not style.splits}
+    return frozenset(name for name, style in cut.items() if is_mixed(name, style))

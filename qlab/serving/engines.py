@@ -204,16 +204,16 @@ def command_for(
 
 def _backend(name: str, engine: Engine, model: Checkpoint, ranks: int) -> tuple[str, ...]:
     """The flags of the first of the engine's own engines that loads the directory; refuses one that
-    none loads by what the first one says."""
-    reasons = []
+    none loads by what each of them says."""
+    reasons: list[str] = []
     for target, flags in engine.targets.items():
         try:
             refuse_unloadable(model, target, ranks)
         except QlabError as error:
-            reasons.append(error)
+            reasons.append(str(error))
         else:
             return flags
-    raise reasons[0]
+    raise QlabError("; ".join(reasons))
 
 
 def _with_keys(

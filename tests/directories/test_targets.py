@@ -132,6 +132,9 @@ def test_the_plan_names_the_sites_and_what_fits(saved):
             ),
             target="lmdeploy",
         )
+    mistral = open_checkpoint(saved("mistral", torch.float16))
+    with pytest.raises(QlabError, match="lmdeploy builds no MistralForCausalLM; lmdeploy-pytorch"):
+        plan(mistral, rtn(parse_spec("int4-g32")), target="lmdeploy")
     with pytest.raises(QlabError, match="the target 'tensorrt' is unknown"):
         plan(model, rtn(parse_spec("int4-g32")), target="tensorrt")
     assert plan(model, rtn(parse_spec("int4-g32")), target="vllm").sites

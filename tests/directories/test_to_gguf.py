@@ -302,6 +302,10 @@ def test_quantize_writes_a_file_by_way_of_a_directory(made, tmp_path, command):
     given = ("quantize", model, "--method", "rtn", "--codec", "gguf", "--out", out)
     code, _, error = command(main, *given, "--spec", "int4-g64")
     assert code == 2 and "GGUF has no int4-g64" in error and not list(tmp_path.iterdir())
+    other = shutil.copytree(model, tmp_path / "other")
+    rewrite(other / "config.json", lambda raw: raw.update(hidden_act="gelu"))
+    code, _, error = command(main, given[0], other, *given[2:], "--spec", "int4-g32")
+    assert code == 2 and f"{other} has hidden_act 'gelu'" in error and not out.parent.exists()
     code, printed, _ = command(main, *given, "--spec", "int4-g32")
     assert code == 0 and f"{out}: gguf, 4.500 bits per weight" in printed
     assert [path.name for path in out.parent.iterdir()] == ["x.gguf"]

@@ -100,7 +100,7 @@ def test_keys_are_not_shown_and_go_by_the_environment_where_they_can(made, comma
         ("sglang", ["--device", "cuda"], "sglang has nothing that means --device"),
         ("sglang", ["--kv-cache", "int8"], "has no cache 'int8'"),
         ("tgi", [], "the engine 'tgi' is unknown; qlab runs vllm, lmdeploy, sglang"),
-        ("vllm", ["--tensor-parallel", "3"], "cannot be divided over 3 ranks; it can be over 1, 2"),
+        ("vllm", ["--tensor-parallel", "3"], "cannot be divided over 3 ranks; run it on 1, 2"),
     ],
 )
 def test_what_an_engine_does_not_have_is_refused_by_name(engine, words, reason, made, command):
@@ -145,6 +145,26 @@ def test_what_is_rounded_at_run_time_is_refused_where_an_engine_does_not(made):
     extra = replace(model, inputs={}, extras=cached(model))
     refuse_unloadable(extra, "sglang")
     refused(lambda: refuse_unloadable(extra, "lmdeploy"), "keys are rounded", "does not do")
+
+
+def test_an_engine_that_does_not_build_a_model_is_not_asked_to(made):
+    def named(name, **more):
+        model = open_checkpoint(made())
+        return replace(model, raw=model.raw | {"architectures": [name]}, **more)
+
+    dense = command_for("lmdeploy", named("MistralForCausalLM", quantized={}), {})
+    assert ("--backend", "pytorch") in pairs(dense.words)
+    words = ["turbomind builds no MistralForCausalLM", "lmdeploy-pytorch loads no int4-g32"]
+    refused(lambda: command_for("lmdeploy", named("MistralForCausalLM"), {}), *words)
+    refused(lambda: command_for("lmdeploy", named("OPTForCausalLM"), {}), "choose another engine")
+    assert command_for("vllm", named("OPTForCausalLM"), {}).words
+
+
+def test_inputs_that_are_turned_over_all_ranks_are_not_handed_over(made):
+    turned = qlab.chain(qlab.rotate_online(), qlab.rtn("int4-g32"))
+    model = open_checkpoint(made(turned))
+    refuse_unloadable(model, "vllm")
+    refused(lambda: refuse_unloadable(model, "vllm", 2), "down_proj is turned at run time", "on 1")
 
 
 def cached(model):
