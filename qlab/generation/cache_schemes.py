@@ -2,8 +2,9 @@
 
     int8   8-bit integers with zero points, a scale for each head of a token
     fp8    8-bit floats (e4m3), the same
-    int4   4-bit integers with zero points, the same, of numbers that are turned, keys centred, and
-           ranges clipped:
+    int4   4-bit integers with zero points, a scale for each 32 channels of a head of a token (for
+           the head where 32 do not divide it), of numbers that are turned, keys centred, and ranges
+           clipped:
                q R, k R - c, v S, and the output times S^T
     k8v4   keys as int8, values as int4
     KV_... schemes of `qlab.schemes()` as they are, scales that are stored measured beforehand;
@@ -31,6 +32,7 @@ from qlab.algebra.online import MatMul, QuantizeClipped, QuantizeInput, Subtract
 from qlab.algebra.random import generator
 from qlab.algebra.scores import seen_shifts
 from qlab.algebra.spec import Spec
+from qlab.algebra.tile import Tile
 from qlab.algebra.wires import Wire, full_name, nearest, wires
 from qlab.driver.sites import trace_all
 from qlab.errors import QlabError
@@ -53,10 +55,19 @@ SEED = 0  # of the signs
 @dataclass(frozen=True, kw_only=True)
 class Kept:
     """How keys or values are cached. is_turned: whether they are turned, keys centred, and ranges
-    clipped before."""
+    clipped before. group: channels of a head that have a scale of their own, where they divide
+    it."""
 
     spec: CacheSpec
     is_turned: bool = False
+    group: int | None = None
+
+    def of(self, wire: Wire) -> Spec:
+        """The spec for keys or values of a wire."""
+        spec = self.spec.of_heads(wire.heads, wire.channels)
+        if self.group is None or (wire.channels // wire.heads) % self.group:
+            return spec
+        return replace(spec, tile=Tile(1, self.group))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +84,14 @@ class CacheScheme:
         return any(kept.is_turned or kept.spec.static for kept in (self.keys, self.values))
 
 
-def _kept(text: str, is_turned: bool = False) -> Kept:
+def _halves(text: str) -> CacheSpec:
     """With scales of fp16."""
     spec = parse_cache_spec(text)
-    halves = replace(spec.spec, scale_dtype=torch.float16)
-    return Kept(spec=replace(spec, spec=halves), is_turned=is_turned)
+    return replace(spec, spec=replace(spec.spec, scale_dtype=torch.float16))
 
 
-INT8, FP8 = _kept("int8-token-head-asym"), _kept("fp8-token-head")
-INT4 = _kept("int4-token-head-asym", is_turned=True)
+INT8, FP8 = Kept(spec=_halves("int8-token-head-asym")), Kept(spec=_halves("fp8-token-head"))
+INT4 = Kept(spec=_halves("int4-token-head-asym"), is_turned=True, group=32)
 SHORT = {
     "int8": CacheScheme(name="int8", keys=INT8, values=INT8),
     "fp8": CacheScheme(name="fp8", keys=FP8, values=FP8),
@@ -221,7 +231,7 @@ def _refuse_unreached(
 def _refuse_misfits(places: Mapping[str, Place], scheme: CacheScheme) -> None:
     for name, place in places.items():
         for wire, kept in ((place.key, scheme.keys), (place.value, scheme.values)):
-            spec = kept.spec.of_heads(wire.heads, wire.channels)
+            spec = kept.of(wire)
             rounded = static_form(spec) if kept.spec.static else QuantizeInput(spec)
             reason = refusal(rounded, wire.channels // wire.heads)
             if reason:
@@ -247,7 +257,7 @@ def _drawn(name: str, wire: Wire) -> Tensor:
 
 def _roundings(there: Mapping[str, Wire], kept: Kept, seen: Mapping[str, Tensor]) -> dict[str, Op]:
     """The rounding of every wire by its name. seen: what is rounded there."""
-    specs = {where: kept.spec.of_heads(w.heads, w.channels) for where, w in there.items()}
+    specs = {where: kept.of(wire) for where, wire in there.items()}
     if kept.is_turned:
         share = min(SHARES, key=lambda share: _loss(specs, share, seen))
         return {where: QuantizeClipped(spec, share) for where, spec in specs.items()}

@@ -136,6 +136,13 @@ def test_a_pipeline_says_what_its_cache_costs(spoken, saved, tmp_path):
     assert "0.59 of 16 bits" in str(costs["int8"]) and "passage.txt" in str(costs["int8"])
 
 
+@pytest.mark.parametrize(("channels", "groups"), [(16, 1), (64, 2), (80, 1), (128, 4)])
+def test_int4_has_a_scale_for_32_channels_where_they_divide_a_head(channels, groups, saved):
+    sizes = {"hidden_size": 2 * channels, "num_attention_heads": 2, "head_dim": channels}
+    with qlab.pipeline(saved("llama", **sizes), dtype=torch.float32, kv_cache="int4") as pipe:
+        assert pipe.cache_cost().share == (channels / 2 + groups * (2 + 1)) / (2 * channels)
+
+
 def test_a_directory_that_rounds_its_cache_has_pages_of_codes_without_being_asked(saved, tmp_path):
     folder, out = saved("llama"), tmp_path / "out"
     recipe = qlab.scheme("KV_INT8_HEAD").on_cache()
