@@ -70,8 +70,9 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     code j + ceil(d / 2) in its high ones, each with 8 added."""
     d = codes.shape[-1]
     half = -(-d // 2)
-    whole = F.pad(codes.to(torch.int16), (0, 2 * half - d)) + NIBBLE_OFFSET
-    return (whole[..., :half] | whole[..., half:] << 4).to(torch.uint8)
+    padded = F.pad(codes, (0, 1)) if d % 2 else codes
+    whole = padded.view(torch.uint8) + NIBBLE_OFFSET  # -8 + 8 comes round to 0
+    return whole[..., :half] | whole[..., half:] << 4
 
 
 def unpack_nibbles(octets: Tensor, channels: int) -> Tensor:

@@ -36,6 +36,8 @@ OPTIONS = (
 )
 MACHINES = ("x86_64", "AMD64")
 SECONDS = 300  # a compiler that takes longer is stopped
+_lock = threading.Lock()
+_registered: dict[Path, str | None] = {}  # source -> why it gave torch no operators, or None
 
 
 class Uncompiled(KernelError):
@@ -60,6 +62,22 @@ def library(source: Path) -> ctypes.CDLL:
         raise Uncompiled(
             f"neither {cache.folder()} nor {tempfile.gettempdir()} takes files that can be loaded"
         ) from error
+
+
+def registered(source: Path) -> str | None:
+    """Load a library that gives torch operators, once in a process. Why there is none, or None."""
+    with _lock:
+        if source not in _registered:
+            _registered[source] = _why_not(source)
+        return _registered[source]
+
+
+def _why_not(source: Path) -> str | None:
+    try:
+        failed = library(source).qlab_register()
+    except Uncompiled as error:
+        return str(error)
+    return f"torch {torch.__version__} does not take operators of a library" if failed else None
 
 
 def _loaded(source: Path, compiler: str, place: Path, name: str) -> ctypes.CDLL:

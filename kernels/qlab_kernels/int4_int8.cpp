@@ -16,7 +16,7 @@
 // Names: m tokens, n rows, k channels, b blocks, t a token, MT tokens that share a loaded block of W.
 
 #include "arguments.h"
-#include "bits.h"
+#include "halves.h"
 
 #include <immintrin.h>
 #include <algorithm>
@@ -36,7 +36,6 @@
 
 namespace {
 
-enum Kind : int64_t { F32, F16, BF16 };
 enum Path : int64_t { BEST, PORTABLE, PATH_AVX2, PATH_VNNI, PATH_AMX };
 
 constexpr int64_t BLOCK = 32, ROWS = 16, QUADS = BLOCK / 4;
@@ -77,37 +76,6 @@ struct Output {
   int64_t n;
 };
 
-INLINE int64_t size_of(Kind kind) { return kind == F32 ? 4 : 2; }
-
-// ---------------------------------------------------------------- numbers of 16 bits, without instructions for them
-INLINE float from_half(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
-  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  const float value = from_bits(rest << 13) * 0x1p112f;
-  return from_bits(sign | bits_of(value));
-}
-
-INLINE uint16_t to_half(float value) {
-  const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000;
-  const uint32_t size = bits & 0x7fffffff;
-  if (size > 0x7f800000) return sign | 0x7e00;
-  if (size >= 0x477ff000) return sign | 0x7c00;                                // rounds past 65504
-  if (size < 0x38800000) return sign | (bits_of(from_bits(size) + 0.5f) & 0x7ff);  // subnormal: units of 2^-24
-  return sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
-}
-
-INLINE uint16_t to_bf16(float value) {
-  const uint32_t bits = bits_of(value);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
-}
-
-INLINE float number(const char* data, Kind kind, int64_t at) {
-  if (kind == F32) return reinterpret_cast<const float*>(data)[at];
-  const uint16_t half = reinterpret_cast<const uint16_t*>(data)[at];
-  return kind == F16 ? from_half(half) : from_bits(uint32_t(half) << 16);
-}
-
 // ---------------------------------------------------------------- rounding of x
 // The codes, scale and shift of one block. Magnitudes are compared as integers, where a NaN is the largest.
 INLINE void round_block(const float* x, int64_t offset, int8_t* codes, float* scale, int32_t* shift) {
@@ -131,7 +99,7 @@ INLINE void round_block(const float* x, int64_t offset, int8_t* codes, float* sc
 INLINE void load_any(const Input& x, int64_t t, int64_t first, float* out) {
   for (int64_t i = 0; i < BLOCK; i++) {
     const int64_t channel = first + i;
-    out[i] = channel < x.k ? number(x.data, x.kind, t * x.stride_m + channel * x.stride_k) : 0.0f;
+    out[i] = channel < x.k ? number(x.data, t * x.stride_m + channel * x.stride_k, x.kind) : 0.0f;
   }
 }
 
@@ -220,7 +188,7 @@ void tile_portable(const Weight& w, int64_t row_block, const Tokens& x, int64_t 
       int32_t sum = x.shifts[at];
       for (int64_t i = 0; i < BLOCK; i++) sum += code_at(block, w.bits, row, i) * x.codes[at * BLOCK + i];
       if (w.zeros) sum += w.zeros[group] * (x.shifts[at] / int32_t(w.offset()));
-      out[row] += float(sum) * x.scales[at] * number(w.scales, w.scale_kind, group);
+      out[row] += float(sum) * x.scales[at] * number(w.scales, group, w.scale_kind);
     }
   }
 }

@@ -13,7 +13,7 @@
 //
 // Names: o rows, k channels, LANES the numbers of a vector.
 
-#include "bits.h"
+#include "halves.h"
 
 #include <cstdint>
 #include <cstring>
@@ -27,7 +27,6 @@ namespace {
 constexpr float MAGIC = 12582912.0f;       // 1.5 * 2^23: adding it rounds to an integer, half to even
 constexpr uint32_t MAGIC_BITS = 0x4b400000;
 constexpr uint32_t INFINITE = 0x7f800000;  // the bits of infinity; those of NaN are above
-enum Kind : int64_t { F32, F16, BF16 };
 enum Path : int64_t { BEST, PORTABLE, PATH_AVX2, PATH_AVX512 };
 
 template <int64_t N>
@@ -59,43 +58,6 @@ struct Problem {                           // as `nearest.py` fills it in
   int64_t rows;                            // of a part, whose sums are added up together
   double* sums;                            // [parts, 3]: of D^2, of W^2, and the largest |D| / s
 };
-
-// ---------------------------------------------------------------- numbers of 16 bits
-INLINE float from_half(uint16_t h) {       // of a finite one
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
-  if (rest >= 0x7c00) return from_bits(sign | INFINITE | (rest & 0x3ff) << 13);
-  return from_bits(sign | bits_of(from_bits(rest << 13) * 0x1p112f));
-}
-
-INLINE uint16_t to_half(float value) {     // of one that is not negative, nor NaN
-  const uint32_t size = bits_of(value);
-  if (size >= 0x477ff000) return 0x7c00;   // rounds past 65504
-  if (size < 0x38800000) return bits_of(value + 0.5f) & 0x7ff;  // subnormal: units of 2^-24
-  return (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
-}
-
-INLINE uint16_t to_bf16(float value) {
-  const uint32_t bits = bits_of(value);
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-// A scale as it is stored.
-INLINE float stored(float scale, Kind kind) {
-  if (kind == F16) return from_half(to_half(scale));
-  if (kind == BF16) return from_bits(uint32_t(to_bf16(scale)) << 16);
-  return scale;
-}
-
-INLINE void store(void* scales, int64_t at, float scale, Kind kind) {
-  if (kind == F32) static_cast<float*>(scales)[at] = scale;
-  else static_cast<uint16_t*>(scales)[at] = kind == F16 ? to_half(scale) : to_bf16(scale);
-}
-
-INLINE float read(const void* scales, int64_t at, Kind kind) {
-  if (kind == F32) return static_cast<const float*>(scales)[at];
-  const uint16_t half = static_cast<const uint16_t*>(scales)[at];
-  return kind == F16 ? from_half(half) : from_bits(uint32_t(half) << 16);
-}
 
 // ---------------------------------------------------------------- the grid of one group of channels
 struct Range {
@@ -263,7 +225,7 @@ struct Rows {
           int8_t* codes = p.codes + row * p.k + g * p.group;
           Grid grid;
           if (p.measures) {
-            grid = {read(p.scales, at, Kind(p.scale_kind)), p.zeros ? float(p.zeros[at]) : 0};
+            grid = {number(p.scales, at, Kind(p.scale_kind)), p.zeros ? float(p.zeros[at]) : 0};
             if (!measure(p, weight, codes, grid, part)) return false;
             continue;
           }

@@ -11,19 +11,16 @@ The library registers the operator when it is loaded, so that a compiled graph c
 Python. It has no gradient.
 """
 
-import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qlab_kernels.compiled import Uncompiled, library
+from qlab_kernels.compiled import registered
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPES = (torch.float32, torch.bfloat16)  # of keys and values
 PATHS = ("best", "portable", "avx512")  # the best is the last one that the processor runs
-_lock = threading.Lock()
-_why: list[str | None] = []  # why there is no kernel, or None; filled once
 
 torch.library.define(
     "qlab::one_token", "(Tensor q, Tensor k, Tensor v, Tensor at, Tensor mask, int path) -> Tensor"
@@ -38,19 +35,7 @@ def _(q, k, v, at, mask, path):
 
 def why_not() -> str | None:
     """Load the kernel and give torch its operator. Why there is none, or None."""
-    with _lock:
-        if not _why:
-            try:
-                _why.append(_registered())
-            except Uncompiled as error:
-                _why.append(str(error))
-    return _why[0]
-
-
-def _registered() -> str | None:
-    if library(SOURCE).qlab_register():
-        return f"torch {torch.__version__} does not take operators of a library"
-    return None
+    return registered(SOURCE)
 
 
 def takes(k_bhld: Tensor, v_bhld: Tensor, mask: Tensor | None) -> bool:

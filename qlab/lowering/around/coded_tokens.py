@@ -4,8 +4,9 @@
     read:   (codes - z) * s
 
 f, s and z are those of the attention (`qlab.lowering.around.attended`), so that it reads what it
-would make of each token itself. One operator writes; reading is plain torch, which a compiler joins
-with what gathers the tokens.
+would make of each token itself. One operator writes, on a CPU that of `qlab_kernels.code_tokens`
+where this machine compiles it; reading is plain torch, which a compiler joins with what gathers the
+tokens.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from qlab.algebra.spec import Float
+from qlab.algebra.spec import Float, Int
 from qlab.lowering.around.coded_heads import coded, decoded, in_pairs
 from qlab.lowering.around.coded_heads import refusal as reason_of
 from qlab.lowering.around.inputs import RoundedInput, operation_of
@@ -55,8 +57,40 @@ class Coder:
         x_nk = x_bhnd.transpose(1, 2).flatten(0, 1).flatten(1)
         for step in self.before:
             x_nk = step(x_nk)
-        of = self.rounding
-        return code_tokens(x_nk, x_bhnd.shape[1], of.scales, of.zeros, of.text, of.share)
+        of, heads = self.rounding, x_bhnd.shape[1]
+        if self._is_kernels(x_nk):
+            from qlab_kernels.code_tokens import code
+
+            return code(x_nk, self._coding(heads), of.scales, of.zeros)
+        return code_tokens(x_nk, heads, of.scales, of.zeros, of.text, of.share)
+
+    def _is_kernels(self, x_nk: Tensor) -> bool:
+        """Whether the kernel codes these tokens: numbers of which nobody wants a gradient, in a
+        program that runs here."""
+        from qlab_kernels.code_tokens import DTYPES, takes
+
+        spec, scales = self.rounding.spec, self.rounding.spec.scale_dtype or torch.float32
+        if scales not in DTYPES or (isinstance(spec, Int) and spec.zero_dtype != torch.int8):
+            return False
+        is_elsewhere = torch.compiler.is_exporting() or is_in_torch_dispatch_mode()
+        is_learning = x_nk.requires_grad and torch.is_grad_enabled()
+        return not is_elsewhere and not is_learning and takes(x_nk) and why_not() is None
+
+    def _coding(self, heads: int) -> Any:
+        """The rounding as the kernel takes it."""
+        from qlab_kernels.code_tokens import E4M3, Coding
+
+        of, spec = self.rounding, self.rounding.spec
+        of_tokens = heads * self.of_head if of.scales is None else self.of_head
+        return Coding(
+            heads=heads,
+            group=spec.tile.cols or of_tokens,
+            bits=E4M3 if self.is_float else spec.bits,
+            in_pairs=self.channels is not None,
+            is_symmetric=spec.symmetric,
+            scale_dtype=spec.scale_dtype or torch.float32,
+            share=of.share,
+        )
 
     def read(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """What was written, as tensors [b, n, ...] -> x [b, h, n, d]."""
@@ -66,6 +100,14 @@ class Coder:
         codes = codes.view(torch.float8_e4m3fn) if self.is_float else codes
         x_bnhd = decoded(codes, scales, zeros[0] if zeros else None, dtype, self.channels)
         return x_bnhd.transpose(1, 2)
+
+
+@torch.compiler.assume_constant_result
+def why_not() -> str | None:
+    """Why there is no kernel here; None where there is one."""
+    from qlab_kernels.code_tokens import why_not
+
+    return why_not()
 
 
 @torch.library.custom_op("qlab::code_tokens", mutates_args=())
