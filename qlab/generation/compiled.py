@@ -44,6 +44,8 @@ FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 # and torch guards those of the others: looking at all of them in every step takes 2 to 6 % of it.
 FROM_CPP = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True, "size_asserts": False}
 
+_one_at_a_time = threading.Lock()  # torch compiles for one engine of a process at a time
+
 # (rows, the positions of their first tokens) -> what a model is called with beside ids
 Arguments = Callable[[Rows, Tensor], dict[str, Any]]
 
@@ -190,7 +192,7 @@ class Compiled:
                 shape = max(left, key=lambda shape: self._wanted[shape])
                 left.remove(shape)
                 started = time.monotonic()
-                with kept():
+                with _one_at_a_time, kept():
                     self._ready[shape] = self._warmed(shape, blocks)
                 self.seconds += time.monotonic() - started
         except Exception as error:  # a thread that dies would say nothing

@@ -3,6 +3,7 @@ nobody waits for the compiler, and what stays eager is said with its reason."""
 
 import random
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from model_folders import refused
 from pytest import approx
 from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlab.generation import compiled as module
 from qlab.generation.sampling import Sampling
@@ -157,6 +159,50 @@ def test_nobody_waits_for_the_compiler_and_closing_ends_it(monkeypatch):
     assert engine.compiled.stats()["ready"] == () and engine.compiled._thread.is_alive()
     engine.close()
     assert not engine.compiled._thread.is_alive()
+
+
+def test_what_another_thread_records_is_nothing_to_a_step(monkeypatch):
+    """Torch says of all threads whether one is recording; the next bucket is while it compiles."""
+    traced(monkeypatch)
+    model, expected = reference("llama")
+    engine = ready(model, "block", rows=2)
+    recording, leave = threading.Event(), threading.Event()
+
+    def record():
+        with FakeTensorMode():
+            recording.set()
+            leave.wait()
+
+    thread = threading.Thread(target=record)
+    thread.start()
+    recording.wait()
+    try:
+        assert [r.new for r in asked(engine)] == expected
+    finally:
+        leave.set()
+        thread.join()
+    stats = engine.compiled.stats()
+    assert (stats["recompiles"], stats["ready"], stats["eager"]) == (0, (1, 2), ())
+
+
+def test_engines_of_one_process_compile_one_after_the_other(monkeypatch):
+    traced(monkeypatch)
+    gate, alone, kept = threading.Lock(), [], module.kept
+
+    @contextmanager
+    def noted():
+        alone.append(gate.acquire(blocking=False))
+        with kept():
+            yield
+        if alone[-1]:
+            gate.release()
+
+    monkeypatch.setattr(module, "kept", noted)
+    engines = [small(tiny("llama").eval(), compile="model", rows=1) for _ in range(2)]
+    for engine in engines:
+        engine.compiled.wait()
+    assert alone == [True] * 4
+    assert all(engine.compiled.stats()["ready"] == (1,) for engine in engines)
 
 
 def test_a_compiled_step_that_fails_or_wants_another_graph_runs_eager_from_then_on(monkeypatch):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -67,7 +66,7 @@ def _attend(
     q_bhgd: Tensor, k_bhld: Tensor, v_bhld: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     q_bhgd = (q_bhgd.float() * scale).contiguous()
-    if _is_plain(q_bhgd, k_bhld, v_bhld) and why_not() is None:
+    if is_plain(q_bhgd, k_bhld, v_bhld) and why_not() is None:
         from qlab_kernels.one_token import attend, takes
 
         if takes(k_bhld, v_bhld, mask):
@@ -75,11 +74,17 @@ def _attend(
     return in_torch(q_bhgd, k_bhld, v_bhld, mask)
 
 
-def _is_plain(*tensors: Tensor) -> bool:
+def is_plain(*tensors: Tensor) -> bool:
     """Whether these are numbers, of which nobody wants a gradient, nor a program that runs where
-    the kernel is not."""
-    is_exported = torch.compiler.is_exporting() or is_in_torch_dispatch_mode()
-    return not is_exported and not any(t.requires_grad and torch.is_grad_enabled() for t in tensors)
+    the kernels of this machine are not."""
+    is_learning = any(t.requires_grad and torch.is_grad_enabled() for t in tensors)
+    return not is_learning and not torch.compiler.is_exporting() and not _is_recorded()
+
+
+def _is_recorded() -> bool:
+    """Whether this thread records what it runs. A graph is not asked: it would look at it each time
+    that it is called, at what torch then says of all threads."""
+    return not torch.compiler.is_dynamo_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 @torch.compiler.assume_constant_result

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from qlab.algebra.spec import Float, Int
+from qlab.lowering.around.attention import is_plain
 from qlab.lowering.around.coded_heads import coded, decoded, in_pairs
 from qlab.lowering.around.coded_heads import refusal as reason_of
 from qlab.lowering.around.inputs import RoundedInput, operation_of
@@ -65,16 +65,13 @@ class Coder:
         return code_tokens(x_nk, heads, of.scales, of.zeros, of.text, of.share)
 
     def _is_kernels(self, x_nk: Tensor) -> bool:
-        """Whether the kernel codes these tokens: numbers of which nobody wants a gradient, in a
-        program that runs here."""
+        """Whether the kernel codes these tokens."""
         from qlab_kernels.code_tokens import DTYPES, takes
 
         spec, scales = self.rounding.spec, self.rounding.spec.scale_dtype or torch.float32
         if scales not in DTYPES or (isinstance(spec, Int) and spec.zero_dtype != torch.int8):
             return False
-        is_elsewhere = torch.compiler.is_exporting() or is_in_torch_dispatch_mode()
-        is_learning = x_nk.requires_grad and torch.is_grad_enabled()
-        return not is_elsewhere and not is_learning and takes(x_nk) and why_not() is None
+        return is_plain(x_nk) and takes(x_nk) and why_not() is None
 
     def _coding(self, heads: int) -> Any:
         """The rounding as the kernel takes it."""
