@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qlab.generation import compiled as module
 from qlab.generation.sampling import Sampling
 from qlab.generation.twins import kinds_of
+from qlab.lowering.around.attention import is_plain
 from qlab.model.paper import find_blocks
 
 KINDS = {"gemma2": 2, "deepseek_v3": 2}  # sliding and full, dense and of experts
@@ -178,6 +179,7 @@ def test_what_another_thread_records_is_nothing_to_a_step(monkeypatch):
     recording.wait()
     try:
         assert [r.new for r in asked(engine)] == expected
+        assert is_plain(torch.ones(1, dtype=torch.float32))  # which is left to the kernel
     finally:
         leave.set()
         thread.join()

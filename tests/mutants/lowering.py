@@ -171,4 +171,28 @@ MUTANTS = [
         "self._mark(value.reads)",
         "generation/compiled_steps",
     ),
+    Mutant(
+        "a graph looks at what torch says of all threads",
+        "lowering/around/attention.py",
+        "_is_recorded",
+        "not torch.compiler.is_dynamo_compiling() and torch._C._len_torch_dispatch_stack() > 0",
+        "torch.utils._python_dispatch.is_in_torch_dispatch_mode()",
+        "generation/compiled_steps",
+    ),
+    Mutant(
+        "a share of a cache's ranges is forgotten by its kernel",
+        "lowering/around/coded_tokens.py",
+        "Coder._coding",
+        "of.share",
+        "1.0",
+        "kernels/code_tokens",
+    ),
+    Mutant(
+        "groups of a cache are not counted against its heads",
+        "generation/cache_schemes.py",
+        "Kept.of",
+        "self.group is None or (wire.channels // wire.heads) % self.group",
+        "self.group is None",
+        "generation/cache_schemes",
+    ),
 ]
