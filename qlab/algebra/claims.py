@@ -126,15 +126,26 @@ def shown(graph: ModuleGraph, upstream: bool) -> ModuleGraph:
         places = [i for i, site in enumerate(graph.code.sites) if site.weight in visible]
         behind = graph.code.sites[max(places, default=-1) + 1 :]
         hidden &= {site.weight for site in behind}
+    return hiding(graph, hidden)
+
+
+def hiding(graph: ModuleGraph, hidden: Collection[str | None]) -> ModuleGraph:
+    """The graph in which these weights are meta tensors."""
     if not hidden:
         return graph
-    leaves = {name: _on_meta(graph.params[name]) for name in sorted(hidden) if name}
+    leaves = {name: _on_meta(graph.params[name]) for name in sorted(filter(None, hidden))}
     return replace(
         graph,
         params={**graph.params, **leaves},
         targets=_without(graph.targets, hidden),
         supports=_without(graph.supports, hidden),
     )
+
+
+def hides(graph: ModuleGraph) -> bool:
+    """Whether weights of the graph are hidden."""
+    leaves = pytree.tree_leaves([graph.params[s.weight] for s in graph.code.sites if s.weight])
+    return any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves)
 
 
 def _without(by_name: Mapping[str, Tensor], hidden: Collection[str | None]) -> Mapping[str, Tensor]:

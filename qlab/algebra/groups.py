@@ -186,6 +186,24 @@ def turning_with(graph: ModuleGraph, sites: Sequence[Site], pattern: str) -> lis
 
 
 @lru_cache(maxsize=32)
+def chained(code: Code) -> Sequence[frozenset[str]]:
+    """The paths of the sites whose inputs have to turn one after the other: what reads one wire
+    produces another, as values of an attention are read behind it. Turns of two such chains touch
+    no common leaf, and do not depend on each other."""
+    chains: list[tuple[set[str], set[str]]] = []  # leaves, paths
+    for origin, sites in by_origin(code.sites).items():
+        fold = folds(code).get(origin)
+        made_by = (fold.producer.weight, fold.producer.bias) if fold else ()
+        leaves = {name for name in (*(site.weight for site in sites), *made_by) if name}
+        paths = {site.path for site in sites}
+        for chain in [chain for chain in chains if chain[0] & leaves]:
+            chains.remove(chain)
+            leaves, paths = leaves | chain[0], paths | chain[1]
+        chains.append((leaves, paths))
+    return [frozenset(paths) for _, paths in chains]
+
+
+@lru_cache(maxsize=32)
 def writers(code: Code) -> frozenset[str]:
     """The paths of the sites that write to what leaves the segment: whose outputs reach it without
     another site between. Routers are none of them."""

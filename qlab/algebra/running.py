@@ -6,6 +6,7 @@ from qlab.algebra.called import Failed
 from qlab.algebra.claims import (
     Observed,
     Seal,
+    hides,
     reads_elsewhere,
     refuse_others,
     restored,
@@ -63,7 +64,7 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
     try:
         new, new_stats = _run_sealed(stage, seen, stats)
     except (RuntimeError, NotImplementedError, Failed) as error:
-        if seen is not chosen and "meta" in str(error).lower():
+        if hides(seen) and "meta" in str(error).lower():
             raise QlabError(
                 reads_elsewhere(stage.name, ", ".join(map(graph.where, chosen.sites)))
             ) from error

@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from qlab.algebra.block import SAMPLES
+from qlab.algebra.claims import hiding
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.running import apply, keys_of, select
 from qlab.algebra.statistic import PerExpert
 from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform, unchanged
-from qlab.algebra.views import Uncovered, WholeBlock
+from qlab.algebra.views import Gauged, Uncovered, WholeBlock
 from qlab.driver.changes import changed, made_by, named
 from qlab.driver.learning import Leading
 from qlab.driver.observe import Division, Get, Key, Totals, where
-from qlab.driver.owners import BY_EXPERT, expert_owner, read_by, site_owners, turns
+from qlab.driver.owners import BY_EXPERT, expert_owner, is_divided, owners_of, read_by, turns
 from qlab.driver.parts import Parts
 from qlab.driver.ranks import Ranks
 from qlab.driver.sharded import gathered, shape_of
@@ -72,7 +73,7 @@ class Divided(Division):
         super().__init__(self.parts.size, offload)
         self.ranks, self.stages, self.tokens = ranks, stages, tokens
         shapes = {site: shape_of(graph, site) for site in graph.code.sites}
-        self.owners = site_owners(shapes, ranks.world, one_by_one, _fused(stages))
+        self.owners = owners_of(graph.code, shapes, ranks.world, one_by_one, _fused(stages))
 
     # -------------------------------------------------------------- statistics
     def totals(self, graph: ModuleGraph, keys: set[Key], experts: slice | None = None) -> Totals:
@@ -163,11 +164,16 @@ class Divided(Division):
         turns_of = self._turns(stage, graph)
         given = dict(stats)
         for at, selected in sorted(turns_of.items()):
-            needed = keys_of(stage, replace(graph, selected=selected)) & given.keys()
+            needed = _read_by(stage, replace(graph, selected=selected), given)
             for key in sorted(needed, key=named):
                 if isinstance(given[key], At):
                     given[key] = self.at(given[key], at)
-        own = {key: s.state if isinstance(s, At) else s for key, s in given.items()}
+        # what others have alone is theirs to move
+        own = {
+            key: s.state if isinstance(s, At) else s
+            for key, s in given.items()
+            if not isinstance(s, At) or s.ranks & {self.ranks.rank, BY_EXPERT}
+        }
         if BY_EXPERT in turns_of:  # together, expert by expert
             chosen = replace(graph, selected=turns_of.pop(BY_EXPERT))
             after, _ = apply(stage, chosen, own)
@@ -178,7 +184,7 @@ class Divided(Division):
         own = own if leading is None else {**own, SAMPLES: leading}
         dense = gathered(graph, turns_of, self.ranks.rank)
         if self.ranks.rank in turns_of:
-            before = replace(dense, selected=turns_of[self.ranks.rank])
+            before = replace(self._seen(stage, dense), selected=turns_of[self.ranks.rank])
             after, kept = apply(stage, before, own)
             made = made_by(before, after, own, kept)
             if leading is not None:
@@ -197,6 +203,14 @@ class Divided(Division):
             for name in gone:
                 del given[keys[name]]
         return graph, given
+
+    def _seen(self, stage: Stage, graph: ModuleGraph) -> ModuleGraph:
+        """The graph as a step sees it here: where ranks turn inputs at one time, weights behind
+        those of others are hidden."""
+        if not isinstance(stage.view, Gauged) or not is_divided(stage):
+            return graph
+        turned = self.owners.turns
+        return hiding(graph, {s.weight for s in graph.sites if turned[s.path] != self.ranks.rank})
 
     def _turns(self, stage: Stage, graph: ModuleGraph) -> dict[int, frozenset[str] | None]:
         """Rank -> the sites that it runs a step on."""
@@ -332,6 +346,15 @@ class _Totals(Totals):
 
 
 # ------------------------------------------------------------------ who owns which site
+def _read_by(stage: Stage, graph: ModuleGraph, given: Stats) -> set[Key]:
+    """The statistics that a step reads of what is selected, and those that it moves."""
+    keys = keys_of(stage, graph)
+    if isinstance(stage.view, Gauged):
+        sources = {site.source for site in select(stage, graph).sites}
+        keys |= {key for key in given if key[0] in sources}
+    return keys & given.keys()
+
+
 def _fused(stages: Transform) -> bool:
     return any(stage.spec is not None and stage.spec.outer for stage in stages)
 

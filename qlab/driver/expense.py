@@ -18,11 +18,12 @@ from typing import Any
 
 from qlab.algebra.graph import Code, ModuleGraph, Site, aten, by_source
 from qlab.algebra.transform import Stage
+from qlab.algebra.views import EachWeight
 from qlab.data.calibration import Data
 from qlab.driver.batches import batch_tokens
 from qlab.driver.duration import PASSES_OVER_FILES, SQUARED, effort_of
 from qlab.driver.job import Job
-from qlab.driver.owners import experts_of, site_owners
+from qlab.driver.owners import Owners, experts_of, is_divided, owners_of
 from qlab.driver.parts import Parts, most_of
 from qlab.driver.sites import Sites
 from qlab.driver.traffic import Traffic
@@ -200,7 +201,7 @@ class _Run:
         for path, code in self.sites.codes.items():
             for group in self._at_once(path, code):
                 loads, called = [0.0] * self.ranks, [0.0] * self.ranks
-                owner = self._owners(path, code)
+                owner = self._at_owners(path, code, stage)
                 for site in group:
                     if not stage.touches(f"{path}.{site.path}", site):
                         continue
@@ -255,17 +256,24 @@ class _Run:
         groups = list(by_source(code.sites).values())
         return groups if self.job.in_order(code) else [code.sites]
 
-    def _owners(self, path: str, code: Code) -> Mapping[str, int]:
+    def _at_owners(self, path: str, code: Code, stage: Stage) -> Mapping[str, int]:
+        """Site path -> the rank that runs a step there."""
+        owner = self._owners(path, code)
+        if not is_divided(stage):
+            return dict.fromkeys(owner.solves, 0)
+        return owner.solves if isinstance(stage.view, EachWeight) else owner.turns
+
+    def _owners(self, path: str, code: Code) -> Owners:
         shapes = {site: self._shape(path, site) for site in code.sites}
         outer = any(s.spec is not None and s.spec.outer for s in self.job.recipe)
-        return site_owners(shapes, self.ranks, self.job.in_order(code), outer)
+        return owners_of(code, shapes, self.ranks, self.job.in_order(code), outer)
 
     def _divided(
         self, path: str, site: Site, owner: int, stage: Stage
     ) -> Iterator[tuple[int, int]]:
         """Rank -> how many weights of a site it solves: experts go round the ranks."""
         experts = self._experts(path, site)
-        if not site.route or not stage.needs:
+        if not site.route or not stage.needs or not isinstance(stage.view, EachWeight):
             yield owner, experts
             return
         for rank in range(min(self.ranks, experts)):

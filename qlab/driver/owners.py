@@ -2,13 +2,15 @@
 that every rank and every plan chooses alike."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
-from qlab.algebra.graph import ModuleGraph, Site
+from qlab.algebra.graph import Code, ModuleGraph, Site
+from qlab.algebra.groups import chained
 from qlab.algebra.running import keys_of, select
 from qlab.algebra.transform import Stage, unchanged
-from qlab.algebra.views import EachWeight
+from qlab.algebra.views import EachWeight, Gauged
 
 K = TypeVar("K", bound=Hashable)
 BY_EXPERT = -1  # in the place of a rank: each has what belongs to its experts
@@ -55,6 +57,41 @@ def site_owners(
     return {path: owner[unit] for path, unit in units.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Owners:
+    """Path of a site -> the rank that solves it, and the one that turns its input
+    (`qlab.algebra.gauge`), which searches for a scale."""
+
+    solves: Mapping[str, int]
+    turns: Mapping[str, int]
+
+
+def owners_of(
+    code: Code, shapes: Mapping[Site, Sequence[int]], ranks: int, one_by_one: bool, fused: bool
+) -> Owners:
+    """The owners of a block's sites. Inputs that turn one after the other have one owner.
+
+    code: the block's program. Others as of `site_owners`.
+    """
+    cost = {site.path: float(prod(shape)) * shape[-1] for site, shape in shapes.items()}
+    chains = chained(code)
+    turning = owners({chain: sum(cost[path] for path in chain) for chain in chains}, ranks)
+    return Owners(
+        solves=site_owners(shapes, ranks, one_by_one, fused),
+        turns={path: rank for chain, rank in turning.items() for path in chain},
+    )
+
+
+def is_divided(stage: Stage) -> bool:
+    """Whether ranks divide the weights of a step, or the inputs that it turns."""
+    view = stage.view
+    return isinstance(view, EachWeight) or (isinstance(view, Gauged) and view.pattern is None)
+
+
+def _is_by_expert(stage: Stage) -> bool:
+    return isinstance(stage.view, EachWeight) and stage.view.by_expert
+
+
 def expert_owner(expert: int, ranks: int) -> int:
     """The rank that owns an expert: all of a site cost the same."""
     return expert % ranks
@@ -66,23 +103,24 @@ def experts_of(rank: int, experts: int, ranks: int) -> int:
 
 
 def turns(
-    stage: Stage, graph: ModuleGraph, owner: Mapping[str, int], source: str | None = None
+    stage: Stage, graph: ModuleGraph, owner: Owners, source: str | None = None
 ) -> dict[int, frozenset[str] | None]:
     """Rank -> the sites that it runs a step on, of one source or of all; None: whatever the step
-    sees. owner: as `site_owners` gives it."""
-    if not isinstance(stage.view, EachWeight):
+    sees."""
+    if not is_divided(stage):
         return {0: graph.selected}
+    alone = isinstance(stage.view, EachWeight)
     paths: dict[int, set[str]] = {}
     for site in select(stage, graph).sites:
         if source in (None, site.source):
-            by_expert = site.route and stage.view.by_expert and stage.needs
-            at = BY_EXPERT if by_expert else owner[site.path]
+            by_expert = site.route and stage.needs and _is_by_expert(stage)
+            at = BY_EXPERT if by_expert else (owner.solves if alone else owner.turns)[site.path]
             paths.setdefault(at, set()).add(site.path)
     return {at: frozenset(of_rank) for at, of_rank in paths.items()}
 
 
 def read_by(
-    stages: Sequence[Stage], key: tuple[str, Any], graph: ModuleGraph, owner: Mapping[str, int]
+    stages: Sequence[Stage], key: tuple[str, Any], graph: ModuleGraph, owner: Owners
 ) -> list[int]:
     """The ranks at which the first step that needs a statistic reads it, the smallest number
     first."""

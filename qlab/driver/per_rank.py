@@ -8,7 +8,9 @@ from functools import partial
 from torch import Tensor
 
 from qlab.algebra.bind import Bind
-from qlab.algebra.graph import by_source
+from qlab.algebra.graph import ModuleGraph, by_source
+from qlab.algebra.running import keys_of
+from qlab.algebra.stats import name_of
 from qlab.algebra.transform import Stage
 from qlab.data.calibration import Data
 from qlab.driver.duration import SQUARED
@@ -16,7 +18,7 @@ from qlab.driver.expense import batches_of, share_of
 from qlab.driver.foreseen import FP32, Measured, of_rank
 from qlab.driver.job import Job
 from qlab.driver.memory import predict_memory
-from qlab.driver.owners import site_owners
+from qlab.driver.owners import BY_EXPERT, Owners, owners_of, turns
 from qlab.driver.sites import Sites
 from qlab.model.skeleton import Skeleton
 
@@ -102,17 +104,27 @@ def _owned(job: Job, sites: Sites, ranks: int, experts_at_once: int | None) -> I
     for path, code in sites.codes.items():
         shapes = {site: sites.shapes[f"{path}.{site.path}"] for site in code.sites}
         one_by_one = job.in_order(code)
-        owner = site_owners(shapes, ranks, one_by_one, outer)
+        owner = owners_of(code, shapes, ranks, one_by_one, outer)
+        graph = ModuleGraph(code, {}, path)
         held = [[0] * ranks]  # of inputs that are held at one time
-        for first, *others in by_source(code.sites).values():
+        for source, (first, *_) in by_source(code.sites).items():
             *experts, _, k = shapes[first]
             if one_by_one:
                 held.append([0] * ranks)
-            if experts:
-                count = min(experts[0], experts_at_once or experts[0])
-                readers = dict.fromkeys(range(ranks), -(-count // ranks))
-            else:
-                readers = dict.fromkeys((owner[site.path] for site in (first, *others)), 1)
-            for rank, count in readers.items():
-                held[-1][rank] += squared * FP32 * k**2 * count
+            count = min(experts[0], experts_at_once or experts[0]) if experts else 1
+            readers = _readers(job, graph, owner, source)
+            for rank in range(ranks):
+                parts = [-(-count // ranks)] if BY_EXPERT in readers else []
+                whole = [count] if rank in readers else []
+                held[-1][rank] += squared * FP32 * k**2 * max(*parts, *whole, 0, 0)
         yield max(map(max, held))
+
+
+def _readers(job: Job, graph: ModuleGraph, owner: Owners, source: str) -> set[int]:
+    """The ranks that read second moments of a source, at some step."""
+    reading = [
+        stage
+        for stage in job.recipe
+        if any(key[0] == source and name_of(key[1]) in SQUARED for key in keys_of(stage, graph))
+    ]
+    return {rank for stage in reading for rank in turns(stage, graph, owner, source)}

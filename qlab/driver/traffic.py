@@ -18,7 +18,7 @@ from qlab.algebra.views import Gauged
 from qlab.driver.duration import SQUARED
 from qlab.driver.foreseen import FP32
 from qlab.driver.observe import Key
-from qlab.driver.owners import BY_EXPERT, experts_of, turns
+from qlab.driver.owners import BY_EXPERT, Owners, experts_of, turns
 from qlab.driver.parts import Parts
 
 
@@ -36,7 +36,7 @@ class Traffic:
     Args:
         graph: Its program; weights are not needed.
         shapes: Site -> the shape [..., o, k] of its weight.
-        owner: Path of a site -> the rank that solves it.
+        owner: The ranks that solve and turn its sites.
         stages: The steps.
         parts: Those of the windows, over which statistics are summed.
         ranks: Their number.
@@ -45,7 +45,7 @@ class Traffic:
 
     graph: ModuleGraph
     shapes: Mapping[Site, Sequence[int]]
-    owner: Mapping[str, int]
+    owner: Owners
     stages: Transform
     parts: Parts
     ranks: int
@@ -62,14 +62,15 @@ class Traffic:
             for stage in self.stages:
                 if key not in keys_of(stage, self.graph):
                     continue
-                for rank in sorted(turns(stage, self.graph, self.owner, key[0]).keys() - at):
+                turning = turns(stage, self.graph, self.owner, key[0])
+                for rank in sorted(turning.keys() - at):
                     if at:
                         state.told(min(at), rank)
                     else:
                         state.summed(rank, self.parts)
                     at.add(rank)
                 if isinstance(stage.view, Gauged):  # it turns the statistic too
-                    at = {0}
+                    at = {*turning}
         return Moved(sum(received.values()), max(received.values(), default=0))
 
     def codes(self) -> Moved:
