@@ -40,6 +40,7 @@ class Stub:
 
     vocabulary, longest = 2**30, 2**20
     pages = SimpleNamespace(available=1, count=1)
+    compiled = SimpleNamespace(graphs=0, recompiles=0)
 
     def __init__(self):
         self.requests = []
@@ -82,11 +83,13 @@ def served(directory, port=8471):
     command = [sys.executable, __file__, "serve", str(directory), str(port)]
     process = subprocess.Popen(command)
     try:
-        while True:
+        while process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"http://127.0.0.1:{port}/ready").is_success:
                     break
             time.sleep(0.2)
+        else:
+            raise SystemExit(f"the server ended with {process.returncode}")
         yield psutil.Process(process.pid), f"http://127.0.0.1:{port}"
     finally:
         process.terminate()

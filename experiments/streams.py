@@ -12,8 +12,9 @@ its `generate` of one batch over the lowered model, `rounded` what `qlab serve` 
 the first round.
 
 `first`: processor seconds to the first token of a prompt of 512 tokens through the engine, beside
-the bare forward pass. `draws`: what a setting of sampling adds to a step of all streams, as a share
-of it. Times are processor seconds of one thread. Writes results/streams.json.
+the bare forward pass. `draws`: what a setting of sampling adds to a step of all streams, eager
+(`rounded`) or compiled, as a share of it. Times are processor seconds of one thread. Writes
+results/streams.json.
 """
 
 import json
@@ -184,20 +185,21 @@ def main(directory, *given):
         "plain": of_engine(plain, new),
         "rounded": of_engine(rounded, new),
     }
+    pipes = {"rounded": rounded}
     for mode in filter(None, options["compile"].split(",")):
         pipe = qlab.pipeline(
             directory, activations="int8", head="int8-g32", compile=mode, rows=rows, max_length=256
         )
         pipe.engine.compiled.wait()
         print(mode, pipe.stats(), flush=True)
-        contenders[mode] = of_engine(pipe, new)
+        contenders[mode], pipes[mode] = of_engine(pipe, new), pipe
     rates = throughput(contenders, options, texts)
     record = {
         "directory": Path(directory).name,
         "options": options,
         "tokens a second": rates,
         "first": first_token(rounded, texts, rounds),
-        "draws": draws(rounded, rows, texts, rounds),
+        "draws": {name: draws(pipe, rows, texts, rounds) for name, pipe in pipes.items()},
         "device": device_label(torch.device("cpu")),
         "versions": versions(),
     }
@@ -207,9 +209,10 @@ def main(directory, *given):
         table.add_row(name, *ratios)
     table.caption = "new tokens per processor second (beside the manager)"
     print(table)
-    step = record["draws"]["step"]
     print("first token:", record["first"])
-    print("draws:", {name: f"{100 * s / step:.1f} %" for name, s in record["draws"].items()})
+    for name, of_step in record["draws"].items():
+        shares = {draw: f"{100 * s / of_step['step']:.1f} %" for draw, s in of_step.items()}
+        print(f"draws in {name} steps:", shares)
     RESULT.write_text(json.dumps(record, indent=1) + "\n")
 
 

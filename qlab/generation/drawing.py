@@ -24,14 +24,20 @@ from itertools import chain, count
 import torch
 from torch import Tensor
 
-from qlab.algebra.random import generator
+from qlab.errors import warn
+from qlab.generation import one_pass
+from qlab.generation.noise import BLOCK, noise
 from qlab.generation.sampling import Drawing, Drawn, Sampling
 
-BLOCK = 512  # tokens; noise is drawn for vocabulary / BLOCK + BLOCK numbers
 GROUP = 8  # tokens of which only the likeliest is looked at first
 ROWS = 16  # of which log-probabilities are in memory at a time
 LEAST = 2.0**-126  # of normal numbers in fp32
-LOG2_E = math.log2(math.e)
+
+
+def prepare(device: torch.device) -> None:
+    """Load what draws on a device, before somebody waits for it."""
+    if device.type == "cpu" and one_pass.why_not() is not None:
+        warn(f"draws of tokens are slow: {one_pass.why_not()}")
 
 
 def draw(logits_bv: Tensor, drawings: Sequence[Drawing]) -> list[Drawn]:
@@ -41,6 +47,17 @@ def draw(logits_bv: Tensor, drawings: Sequence[Drawing]) -> list[Drawn]:
 
 
 def _tokens(logits_bv: Tensor, drawings: Sequence[Drawing]) -> list[int]:
+    """The token of each row: by the kernel, or where it is not there or cannot say, in torch."""
+    if not one_pass.takes(logits_bv):
+        return in_torch(logits_bv, drawings)
+    found = one_pass.tokens(logits_bv, drawings)
+    left = [row for row, token in enumerate(found) if token is None]
+    said = iter(in_torch(logits_bv[left], [drawings[row] for row in left]) if left else ())
+    return [next(said) if token is None else token for token in found]
+
+
+def in_torch(logits_bv: Tensor, drawings: Sequence[Drawing]) -> list[int]:
+    """The token of each row, which `one_pass` gives too."""
     b, v = logits_bv.shape
     x = logits_bv.new_empty((b, v + -v % BLOCK), dtype=torch.float32)
     x[:, :v], x[:, v:] = logits_bv, -math.inf
@@ -130,39 +147,30 @@ def _places(
 def _warm(x_bv: Tensor, drawings: Sequence[Drawing]) -> Tensor:
     """The tokens [b] that are drawn of rows of logits, which are overwritten."""
     samplings = [drawing.sampling for drawing in drawings]
-    per_e = _column([LOG2_E / sampling.temperature for sampling in samplings], x_bv)
+    per_e = _column([one_pass.LOG2_E / sampling.temperature for sampling in samplings], x_bv)
     e_bv = x_bv.sub_(x_bv.amax(-1, True)).mul_(per_e).exp2_()  # takes half of the time of exp_
     mass_b = keep(e_bv, samplings)
-    token_b = _drawn(e_bv, drawings, "")
+    token_b = _drawn(e_bv, drawings, 0)
     rows = [row for row, sampling in enumerate(samplings) if sampling.top_p < 1]
     for turn in count(1):
         rows = [row for row in rows if is_outside(e_bv[row], token_b[row], mass_b[row])]
         if not rows:
             break
         again = [drawings[row] for row in rows]
-        token_b[rows] = _drawn(e_bv[rows], again, f" again {turn}")
+        token_b[rows] = _drawn(e_bv[rows], again, turn)
     return token_b
 
 
-def _drawn(e_bv: Tensor, drawings: Sequence[Drawing], turn: str) -> Tensor:
+def _drawn(e_bv: Tensor, drawings: Sequence[Drawing], turn: int) -> Tensor:
     """A token [b] of each row, as often as it is likely."""
     e_bcn = e_bv.unflatten(1, (-1, BLOCK))
     blocks = e_bcn.shape[1]
-    names = [f"token {len(drawing.new)}{turn}" for drawing in drawings]
+    names = [drawing.noise_name(turn) for drawing in drawings]
     noise_bn = noise(blocks + BLOCK, [d.seed for d in drawings], names).to(e_bv.device)
     of_blocks, of_tokens = noise_bn.split([blocks, BLOCK], 1)
     block_b = (e_bcn.sum(-1).log() + of_blocks).argmax(-1)
     e_bn = _of_blocks(e_bcn, block_b)
     return block_b * BLOCK + (e_bn.log() + of_tokens).argmax(-1)
-
-
-def noise(size: int, seeds: Sequence[int], names: Sequence[str]) -> Tensor:
-    """Gumbel noise [b, size], of a seed and a name in each row, in fp32."""
-    u_bn = torch.empty(len(seeds), size, dtype=torch.float32)
-    for u_n, seed, name in zip(u_bn, seeds, names):
-        u_n.uniform_(generator=generator(seed, name))
-    # uniform numbers are 0 at times and never 1: the least one beside 0 stands for 0
-    return u_bn.clamp_min_(2.0**-25).log_().neg_().log_().neg_()
 
 
 # ------------------------------------------------------------------ filters

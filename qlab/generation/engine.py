@@ -35,7 +35,7 @@ from qlab.generation.cache import (
     side_by_side,
 )
 from qlab.generation.compiled import Bucket, Compiled
-from qlab.generation.drawing import draw
+from qlab.generation.drawing import draw, prepare
 from qlab.generation.grammar import Word
 from qlab.generation.images import Placed, placed
 from qlab.generation.pages import Pages
@@ -102,6 +102,7 @@ class Engine:
         shapes = shapes_of(probe)
         layers = layers_of(model, shapes)
         self._together = not shapes or use_row_masks(model)
+        prepare(model.device)
         size = page * layers.bytes_of_token
         free = int(SHARE * free_bytes(model.device)) if memory is None else memory
         most = free // max(size, 1)
@@ -335,7 +336,7 @@ class Engine:
             _fail(request, error)
 
     def _compute_rows(self, rows: Sequence[Request], bucket: Bucket | None = None) -> None:
-        ids = torch.tensor([[request.tokens[-1]] for request in rows], dtype=torch.int64)
+        ids = torch.tensor([[request.last] for request in rows], dtype=torch.int64)
         if self._has_states:
             for request in rows:
                 request.states = request.states or DynamicCache(config=self.model.config).layers

@@ -1,5 +1,6 @@
 """What somebody asked an engine for, and how far it is."""
 
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -45,15 +46,23 @@ class Request:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     shift: int = 0
 
+    def __post_init__(self) -> None:
+        self._all = array("q", self.prompt)  # which a kernel reads in place
+
     @property
     def new(self) -> list[int]:
         """The new token ids."""
-        return [drawn.token for drawn in self.drawn]
+        return self._all[len(self.prompt) :].tolist()
 
     @property
     def tokens(self) -> list[int]:
         """All token ids."""
-        return self.prompt + self.new
+        return self._all.tolist()
+
+    @property
+    def last(self) -> int:
+        """The last token id."""
+        return self._all[-1]
 
     @property
     def shared(self) -> list[int]:
@@ -66,8 +75,8 @@ class Request:
         """What the draw of its next token depends on."""
         return Drawing(
             sampling=self.sampling,
-            prompt=self.prompt,
-            new=self.new,
+            prompt=self._all[: len(self.prompt)],
+            new=self._all[len(self.prompt) :],
             seed=self.seed,
             word=self.word,
         )
@@ -76,7 +85,7 @@ class Request:
         """What the schedule has to know."""
         return Place(
             request=self.number,
-            length=len(self.prompt) + len(self.drawn),
+            length=len(self._all),
             done=self.done,
             pages=len(self.pages),
             alone=alone,
@@ -98,6 +107,7 @@ class Request:
     def accept(self, drawn: Drawn) -> None:
         """Take the next token, and end where it says so."""
         self.drawn.append(drawn)
+        self._all.append(drawn.token)
         is_whole = self.word is not None and self.word.accept(drawn.token)
         if self.told(drawn) or is_whole or drawn.token in self.sampling.stop_ids:
             self.finish = STOP

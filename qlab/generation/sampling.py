@@ -84,6 +84,12 @@ class Sampling:
         )
         return not any(changes)
 
+    @property
+    def counts(self) -> bool:
+        """Whether logits depend on the tokens so far."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        return any(penalties)
+
 
 def _is_number(value: object, is_whole: bool = False) -> bool:
     return isinstance(value, Integral if is_whole else Real) and not isinstance(value, bool)
@@ -109,3 +115,7 @@ class Drawing:
     new: Sequence[int]
     seed: int
     word: Word | None = None
+
+    def noise_name(self, turn: int) -> str:
+        """The name of the noise of the draw, and of the turn-th draw after it."""
+        return f"token {len(self.new)}" + (f" again {turn}" if turn else "")

@@ -100,6 +100,22 @@ MUTANTS = [
         "lowering/rows",
     ),
     Mutant(
+        "the kernel of draws knows of no nucleus",
+        "generation/one_pass.py",
+        "_row",
+        "-1 if sampling.top_p < 1 else math.inf",
+        "math.inf",
+        "generation/one_pass",
+    ),
+    Mutant(
+        "the kernel of draws counts the tokens of the prompt as new ones",
+        "generation/one_pass.py",
+        "_row",
+        '_pointer("q", drawing.new, kept)',
+        '_pointer("q", drawing.prompt, kept)',
+        "generation/one_pass",
+    ),
+    Mutant(
         "codes of a cache are rounded again by each step",
         "generation/cache.py",
         "decodes",

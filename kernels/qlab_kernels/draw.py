@@ -1,0 +1,96 @@
+"""Tokens of rows of logits on a CPU: `draw.cpp`, which reads each row about twice.
+
+It computes what the reference (`qlab/generation/drawing.py`) does, and leaves to it the rows whose
+token hangs on the rounding of a sum. So its tokens are the reference's.
+"""
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlab_kernels.compiled import Uncompiled, library
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+DTYPES = (torch.float32, torch.bfloat16)  # of logits
+PATHS = ("best", "portable", "avx2", "avx512")  # the best is the last one that the processor runs
+UNSURE, OUTSIDE = -1, -2  # what stands in the place of a token
+_lock = threading.Lock()
+_loaded: list[ctypes.CDLL | Uncompiled] = []  # the library, or why there is none; filled once
+
+
+class Row(ctypes.Structure):
+    """A row of logits, and what is asked of its draw.
+
+    logits: where its numbers lie. kind: their place in DTYPES. prompt, fresh: the tokens so far,
+    int64. biased, bias: tokens with what is added to their logits, int64 and fp32. left_out: tokens
+    that must not come. per_t: log2(e) over the temperature; 0 takes the likeliest token. noise:
+    fp32, of all blocks and of the tokens of one. above: only tokens of greater logits are drawn,
+    -inf for all. mass: of the nucleus; below 0 until it is summed up, inf where all is in it.
+    token: what was drawn; UNSURE where the reference has to say; OUTSIDE of the nucleus, where
+    `above` and `mass` are filled in, so that the row can be drawn again with other noise.
+    """
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("kind", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("prompt", "fresh", "biased", "left_out")),
+        ("prompt_count", ctypes.c_int64),
+        ("fresh_count", ctypes.c_int64),
+        ("biased_count", ctypes.c_int64),
+        ("left_out_count", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("presence", ctypes.c_double),
+        ("frequency", ctypes.c_double),
+        ("repetition", ctypes.c_float),
+        ("per_t", ctypes.c_float),
+        ("top_k", ctypes.c_int64),
+        ("top_p", ctypes.c_float),
+        ("min_p", ctypes.c_float),
+        ("noise", ctypes.c_void_p),
+        ("above", ctypes.c_float),
+        ("mass", ctypes.c_float),
+        ("token", ctypes.c_int64),
+    )
+
+
+def why_not() -> str | None:
+    """Load the kernel. Why there is none, or None."""
+    found = _library()
+    return str(found) if isinstance(found, Uncompiled) else None
+
+
+def _library() -> ctypes.CDLL | Uncompiled:
+    with _lock:
+        if not _loaded:
+            try:
+                _loaded.append(library(SOURCE))
+            except Uncompiled as error:
+                _loaded.append(error)
+    return _loaded[0]
+
+
+def supported() -> tuple[str, ...]:
+    """The paths that this processor runs, from the slowest to the fastest."""
+    loaded = _library()
+    return () if isinstance(loaded, Uncompiled) else PATHS[1 : loaded.qlab_best_path() + 1]
+
+
+def takes(logits_bv: Tensor) -> bool:
+    """Whether the kernel reads these logits: on a CPU, in a dtype of DTYPES, side by side."""
+    is_dense = logits_bv.device.type == "cpu" and logits_bv.layout == torch.strided
+    return is_dense and logits_bv.dtype in DTYPES and logits_bv.stride(1) == 1
+
+
+def draw(rows: Sequence[Row], v: int, path: str = "best") -> list[Row]:
+    """The rows of v logits, filled in. path: one of `supported()`, or the best."""
+    loaded = _library()
+    if isinstance(loaded, Uncompiled):
+        raise loaded
+    table = (Row * len(rows))(*rows)
+    number = PATHS.index(path) or loaded.qlab_best_path()
+    loaded.qlab_draw(table, *map(ctypes.c_int64, (len(rows), v, number)))
+    return list(table)
