@@ -99,8 +99,8 @@ def styles_of(skeleton: Skeleton) -> dict[str, Style]:
     inside = tuple(f"{path}." for path in skeleton.blocks)
     if not any(style.axis and name.startswith(inside) for name, style in styles.items()):
         raise QlabError(
-            f"transformers has no tensor parallel plan for the blocks of a {kind}; run the model "
-            "in one process"
+            f"transformers has no tensor parallel plan for the blocks of {kind} models; run this "
+            "one in one process"
         )
     for name, style in styles.items():
         _refuse_uncuttable(model, name, style)

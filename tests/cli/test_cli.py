@@ -206,7 +206,7 @@ def test_inspect_says_over_how_many_ranks_a_model_can_be_divided(call, saved, tm
     for path, degrees, says in (
         (saved("qwen3_moe"), [1, 2], "over 1, 2 ranks"),
         (saved("llama", num_key_value_heads=1), [1], "over 1 rank\n"),
-        (saved("opt"), [1], "no tensor parallel plan for the blocks of a opt"),
+        (saved("opt"), [1], "no tensor parallel plan for the blocks of opt models"),
     ):
         code, out, _ = call("inspect", path, "--json", tmp_path / "inspect.json")
         told = json.loads((tmp_path / "inspect.json").read_text())["tensor_parallel"]

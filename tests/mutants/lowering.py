@@ -211,4 +211,20 @@ MUTANTS = [
         "self.group is None",
         "generation/cache_schemes",
     ),
+    Mutant(
+        "columns that fill a group repeat a channel",
+        "lowering/share.py",
+        "of_channels",
+        "torch.where(is_filled, empty.to(codes.dtype), codes)",
+        "codes",
+        "lowering/shares",
+    ),
+    Mutant(
+        "a rank has the scales of the first groups",
+        "lowering/share.py",
+        "of_channels",
+        "leaf.scales[:, group_g]",
+        "leaf.scales[:, group_g.clamp_max(1)]",
+        "lowering/shares",
+    ),
 ]
