@@ -24,7 +24,6 @@ from qlab.model.online import at_input, at_output
 from qlab.model.skeleton import Skeleton
 
 Axis = Literal["o", "k"]
-G_IDX = "g_idx"  # ends the name of a tensor that gives each input channel its group
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,16 @@ class Style:
     axis: along which the weight is cut, None where every rank has it whole. packed: how many
     weights lie one behind the other along it, each of which is cut. splits: whether the input comes
     whole, so that a rank takes its part of it. behind: what becomes of the output: the ranks'
-    summands are summed, or their parts gathered.
+    summands are summed, or their parts gathered. whole: whether a weight that the plan cuts by
+    inputs is cut by outputs, and takes the inputs of all ranks; its part of the output is the
+    summand, with zeros around it.
     """
 
     axis: Axis | None = None
     packed: int = 1
     splits: bool = False
     behind: Literal["sum", "gather"] | None = None
+    whole: bool = False
 
     @property
     def is_open(self) -> bool:
@@ -104,7 +106,15 @@ def styles_of(skeleton: Skeleton) -> dict[str, Style]:
         )
     for name, style in styles.items():
         _refuse_uncuttable(model, name, style)
-    return styles
+    # A sum over ranks is rounded in another order: it would move an input to the next code, and
+    # that soon all behind it.
+    rounds = bool(skeleton.checkpoint.inputs)
+    return {
+        name: replace(style, axis="o", whole=True)
+        if rounds and style.axis == "k" and style.packed == 1
+        else style
+        for name, style in styles.items()
+    }
 
 
 def generic(name: str) -> str:
@@ -191,6 +201,14 @@ def _limits_of(skeleton: Skeleton, name: str, style: Style) -> Iterator[Limit]:
     """What a degree has to divide because of one weight."""
     if style.is_open:
         yield from _heads(skeleton, name)
+    if style.whole:  # engines cut it as the plan does
+        yield from _limits_of_parts(skeleton, name, replace(style, axis="k", whole=False))
+    if not style.whole or parts_of(skeleton, name, style)[1] > 1:
+        yield from _limits_of_parts(skeleton, name, style)
+
+
+def _limits_of_parts(skeleton: Skeleton, name: str, style: Style) -> Iterator[Limit]:
+    """What a degree has to divide so that groups stay whole along the axis that is cut."""
     size, unit = parts_of(skeleton, name, style)
     what = f"{'outputs' if style.axis == 'o' else 'inputs'} of {generic(name)}"
     if size % unit:
@@ -244,7 +262,7 @@ def parts_of(skeleton: Skeleton, name: str, style: Style) -> tuple[int, int]:
     specs = {skeleton.checkpoint.quantized.get(piece.module) for piece in pieces} - {None}
     if style.axis == "o":
         units = [spec.tile.rows or 1 for spec in specs if spec]
-        matrices = () if is_fused else map(matrix_of, at_output(skeleton, name))
+        matrices = () if is_fused or style.whole else map(matrix_of, at_output(skeleton, name))
     else:
         units, matrices = [spec.tile.cols or 1 for spec in specs if spec], ()
     units += [M.shape[-1] for M in matrices if M is not None]
@@ -253,7 +271,7 @@ def parts_of(skeleton: Skeleton, name: str, style: Style) -> tuple[int, int]:
 
 def _limits_of_inputs(skeleton: Skeleton, name: str) -> Iterator[Limit]:
     """What keeps the inputs of a weight together beside its own scales: groups that are rounded
-    together. On a scale for all channels of a token the ranks agree."""
+    together."""
     checkpoint, k = skeleton.checkpoint, parts_of(skeleton, name, Style("k"))[0]
     for module in skeleton.names.modules(name):
         inputs = checkpoint.inputs.get(module)
@@ -262,23 +280,20 @@ def _limits_of_inputs(skeleton: Skeleton, name: str) -> Iterator[Limit]:
             continue
         count = k // cols if k % cols == 0 else 1
         yield Limit(f"groups of {cols} inputs of {generic(name)} that are rounded together", count)
-        if any(_is_reordered(checkpoint, part) for part in checkpoint.parts(module)):
-            yield Limit(f"order of its own that the grouped inputs of {generic(name)} have", 1)
-
-
-def _is_reordered(checkpoint: Checkpoint, part: str) -> bool:
-    """Whether a tensor says that the channels of a group do not lie side by side."""
-    return part.endswith(G_IDX) and bool((checkpoint.tensor(part).diff() < 0).any())
 
 
 def mixed_inputs(skeleton: Skeleton, styles: Mapping[str, Style], world: int) -> frozenset[str]:
-    """The weights of a part of the input channels whose input is multiplied at run time with a
+    """The weights that the plan cuts by inputs, and whose input is multiplied at run time with a
     matrix over channels of several ranks."""
 
     def is_mixed(name: str, style: Style) -> bool:
-        width = parts_of(skeleton, name, style)[0] // world
+        width = parts_of(skeleton, name, replace(style, axis="k"))[0] // world
         matrices = [matrix_of(op) for op in at_input(skeleton, name)]
         return any(M is not None and (M.ndim > 2 or width % M.shape[-1] != 0) for M in matrices)
 
-    cut = {name: style for name, style in styles.items() if style.axis == "k" and not style.splits}
+    cut = {
+        name: style
+        for name, style in styles.items()
+        if (style.axis == "k" or style.whole) and not style.splits
+    }
     return frozenset(name for name, style in cut.items() if is_mixed(name, style))

@@ -3,7 +3,7 @@
 by inputs: y = sum over r of y_r       gathered: y = [y_0, y_1, ...]
 a table of embeddings: each rank looks up the ids that it has, the others are 0 there
 an input that is turned over channels of all ranks: x = [x_0, x_1, ...] @ M, of which each takes its
-part; one that is rounded by a scale for all of them: `together`
+part. one that is rounded by a scale for all of them: x = [x_0, x_1, ...], y_r = [0, x @ W_r.T, 0]
 """
 
 from typing import Any
@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlab.lowering.around.together import round_together
 from qlab.lowering.share import Share
-from qlab.lowering.weights.modules import QuantizedWeight
 
 
 def connect(model: PreTrainedModel, share: Share, group: Any) -> None:
@@ -27,7 +25,7 @@ def connect(model: PreTrainedModel, share: Share, group: Any) -> None:
         group: torch's process group of all ranks.
     """
     for name, style in share.styles.items():
-        if style.axis == "k":
+        if style.axis == "k" or style.whole:
             _connect_inputs(model, name, share, group)
         if share.skeleton.names.fused(name):
             continue  # the module of all experts has a style of its own
@@ -44,19 +42,18 @@ def connect(model: PreTrainedModel, share: Share, group: Any) -> None:
 
 
 def _connect_inputs(model: PreTrainedModel, name: str, share: Share, group: Any) -> None:
-    """What comes before the product of a weight of some input channels. Rotations are at the module
-    already, between what is put before and behind them here."""
+    """What comes before the product of a weight that the plan cuts by inputs, and what makes its
+    output a summand. Rotations are at the module already, between what is put around them here."""
     owner, _, key = name.rpartition(".")
-    module = getattr(model.get_submodule(owner), key)
-    if name in share.mixed:
-        widths = [share.width(name, rank) for rank in range(share.world)]
-        module.register_forward_pre_hook(_whole(group, widths), prepend=True)
-    if name in share.mixed or share.styles[name].splits:
+    module, style = getattr(model.get_submodule(owner), key), share.styles[name]
+    if name in share.mixed or (style.whole and not style.splits):
+        module.register_forward_pre_hook(_whole(group, share.world), prepend=True)
+    if style.whole:
+        module.register_forward_hook(_place(share, name), prepend=True)
+    elif name in share.mixed or style.splits:
         module.register_forward_pre_hook(_split(*share.spans(name)[0]))
-    if isinstance(module, QuantizedWeight):
-        if hasattr(module, "order"):
-            module.register_forward_pre_hook(_put_in_order)
-        round_together(module, group)
+    if hasattr(module, "order"):
+        module.register_forward_pre_hook(_put_in_order)
 
 
 def _sum(group: Any) -> Any:
@@ -77,13 +74,23 @@ def _gather(group: Any, widths: list[int]) -> Any:
     return gathered
 
 
-def _whole(group: Any, widths: list[int]) -> Any:
-    """The inputs of all ranks, which have so many channels."""
+def _whole(group: Any, world: int) -> Any:
+    """The inputs of all ranks, which have equally many channels."""
 
     def whole(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return _of_all(args[0], group, widths), *args[1:]
+        return _of_all(args[0], group, [args[0].shape[-1]] * world), *args[1:]
 
     return whole
+
+
+def _place(share: Share, name: str) -> Any:
+    """The outputs that a rank has among all, which are 0 here."""
+    (start, stop), size = share.spans(name)[0], share.sizes[name][0]
+
+    def placed(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        return F.pad(y, (start, size - stop))
+
+    return placed
 
 
 def _of_all(x: Tensor, group: Any, widths: list[int]) -> Tensor:

@@ -186,12 +186,8 @@ def codes(x: Tensor, perm: Part, in_scales: Part, spec: str, packed: Any) -> Any
     lowest, highest = (grid.qmin, grid.qmax) if isinstance(grid, Int) else (-grid.max, grid.max)
     if in_scales is None and grid.tile.rows is None:  # one scale of all tokens
         in_scales = fit(minmax, x.float(), grid)[0]
-    limits = Limits(lowest, highest, grid.reach)
     t = None if in_scales is None else in_scales.float()
-    if t is None or t.numel() == 1:
-        return round8(x, t, perm, limits, packed)
-    steps = round8(x.float() / t, torch.ones_like(t[:1]), perm, limits, packed)  # of each token
-    return steps._replace(t=t)
+    return round8(x, t, perm, Limits(lowest, highest, grid.reach), packed)
 
 
 def _config(op: str, x: Tensor, packed: Any, experts: int) -> Any:
