@@ -18,10 +18,11 @@ from qlab.algebra.claims import hiding
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.running import apply, keys_of, select
-from qlab.algebra.statistic import PerExpert
+from qlab.algebra.statistic import PerExpert, here
 from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform, unchanged
 from qlab.algebra.views import Gauged, Uncovered, WholeBlock
+from qlab.driver.away import Away
 from qlab.driver.changes import changed, made_by, named
 from qlab.driver.learning import Leading
 from qlab.driver.observe import Division, Get, Key, Totals, where
@@ -36,7 +37,7 @@ from qlab.errors import QlabError
 @dataclass(frozen=True)
 class At:
     """A statistic that some ranks have. ranks: their numbers, or BY_EXPERT alone. state: where this
-    is one of them; of experts, with None for those of others."""
+    is one of them, in memory or in a file; of experts, with None for those of others."""
 
     ranks: frozenset[int]
     state: Any = None
@@ -138,7 +139,9 @@ class Divided(Division):
             return self._scattered(statistic)
         if BY_EXPERT in statistic.ranks:
             return self._gathered(statistic, rank)
-        state = self.ranks.sent(statistic.state, min(statistic.ranks), rank)
+        source = min(statistic.ranks)
+        own = here(statistic.state) if self.ranks.rank == source else None
+        state = self.ranks.sent(own, source, rank)
         kept = state if self.ranks.rank == rank else statistic.state
         return At(statistic.ranks | {rank}, kept)
 
@@ -258,6 +261,8 @@ class _Totals(Totals):
         super().__init__(graph, keys, experts, division.size, division.offload)
         self.division, self.ranks, self.parts = division, division.ranks, division.parts
         self.part = {}  # one batch too goes to its owner before it is added
+        if division.offload is not None:
+            self.totals = Away(division.offload)
         self.own = self.parts.numbers(self.ranks.rank, self.ranks.world)
         asked = sorted(keys, key=named)
         _refuse_alike(asked)
@@ -311,16 +316,25 @@ class _Totals(Totals):
 
     def _given_out(self, key: Key, readers: list[int]) -> At | None:
         """The total where it is read."""
-        total = self.totals.get(key)
         if readers == [BY_EXPERT]:
-            return self.division.by_expert(key, total.states if total is not None else ())
+            own = self._total(key)
+            return self.division.by_expert(key, own.states if own is not None else ())
         first, *others = readers
-        if not self.ranks.told(total is not None, by=first):
+        if not self.ranks.told(key in self.totals, by=first):
             return None
         for rank in others:
-            sent = self.ranks.sent(total, first, rank)
-            total = sent if self.ranks.rank == rank else total
-        return At(frozenset(readers), total)
+            own = self.totals[key] if self.ranks.rank == first else None
+            sent = self.ranks.sent(own, first, rank)
+            if self.ranks.rank == rank:
+                self.totals[key] = sent
+            del own, sent
+        return At(frozenset(readers), self._total(key))
+
+    def _total(self, key: Key) -> Any:
+        """The total, as it lies where it is offloaded; None where this rank has none."""
+        if key not in self.totals:
+            return None
+        return self.totals.lying(key) if isinstance(self.totals, Away) else self.totals[key]
 
     # -------------------------------------------------------------- numbers of tokens
     def _before(self, source: str, count: int) -> int:

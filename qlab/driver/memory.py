@@ -77,7 +77,7 @@ def predict_memory(
             weights=weights,
             experts_at_once=experts_at_once,
             divided=divided,
-            lie=job.offload is not None and not divided and skeleton.device.type == "cpu",
+            lie=job.offload is not None and skeleton.device.type == "cpu",
         )
         block = _Block(
             job=job,

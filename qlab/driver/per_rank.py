@@ -88,13 +88,22 @@ def memory_of_rank(
         summed = max(of.summed for of in of_ranks.values())
         memory["sums of gradients"] = 2 * summed // len(sites.codes)
     if "statistics" in memory:
-        memory["owned statistics"] = max(_owned(job, sites, ranks, experts_at_once), default=0)
+        is_away = job.offload is not None and skeleton.device.type == "cpu"
+        owned = _owned(job, sites, ranks, experts_at_once)
+        held = _largest(sites) if is_away else max(owned, default=0)
+        memory["owned statistics"] = held
     candidates = [memory, *([alone] if "carry" in alone else [])]
     return max(candidates, key=lambda moment: sum(moment.values()))
 
 
 def _is_divided(stage: Stage) -> bool:
     return isinstance(stage, Bind) and stage.divided
+
+
+def _largest(sites: Sites) -> int:
+    """The bytes of the largest second moment, of which one is in memory on its way."""
+    inside = [sites.shapes[f"{path}.{s.path}"] for path, c in sites.codes.items() for s in c.sites]
+    return max((FP32 * shape[-1] ** 2 for shape in inside), default=0)
 
 
 def _owned(job: Job, sites: Sites, ranks: int, experts_at_once: int | None) -> Iterator[int]:

@@ -118,7 +118,7 @@ class Sums:
         is_away = self.job.offload is not None
         if self.divided:  # what another rank sends is added to the total
             sent = self._of_each_source * one
-            return totals if Parts(batches).size == 1 else sent if is_away else totals + sent
+            return sent if is_away else totals if Parts(batches).size == 1 else totals + sent
         return of_batch if is_away or Parts(batches).size == 1 else totals + of_batch
 
     @property
