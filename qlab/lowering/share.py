@@ -1,6 +1,7 @@
 """The part of each weight that one of several ranks holds, cut before it is packed.
 
     colwise: W_r = W[rows of r], b_r = b[rows of r]      rowwise: W_r = W[:, columns of r], b_0 = b
+    rowwise where inputs are rounded at run time: as colwise (`Style.whole`)
 
 Cuts lie between the tiles of a weight, so that every scale stays with the codes that it is for.
 Where the channels of a group lie anywhere (`QTensor.perm`), a rank has some of every group:
