@@ -5,12 +5,13 @@
     int4   4-bit integers with zero points, a scale for each 32 channels of a head of a token (for
            the head where 32 do not divide it), of numbers that are turned, keys centred, and ranges
            clipped:
-               q R, k R - c, v S, and the output times S^T
+               q M^-T R, k M R - c, v S, and the output times S^T
     k8v4   keys as int8, values as int4
     KV_... schemes of `qlab.schemes()` as they are, scales that are stored measured beforehand;
            cache specs too, such as int8-head or int4-g32
 
-R and S are Hadamard matrices of random signs, c is the mean of keys, and of all ranges of keys, and
+R and S are Hadamard matrices of random signs, M is what makes rounded keys cost scores least
+(`qlab.generation.balance`), c is the mean of keys, and of all ranges of keys, and
 of values, the share is used that loses least (`rotate_scores`, `centre_keys`, `kv_clipped`; one
 share for all blocks, so that these stay of equal structure). Without rounding nothing of
 that changes the function. Keys whose attention caps its scores or has sinks beside them are not
@@ -37,6 +38,7 @@ from qlab.algebra.wires import Wire, full_name, nearest, wires
 from qlab.driver.sites import trace_all
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
+from qlab.generation.balance import balance
 from qlab.generation.cache import probed, shapes_of
 from qlab.lowering.around.attended import attend, attentions
 from qlab.lowering.around.attention import use_grouped_attention
@@ -144,6 +146,8 @@ def put_cache(
     if scheme.uses_data:
         attend(model, turns, model.device)
         seen = _seen(model, places, ids)
+        if scheme.keys.is_turned:
+            turns |= {name: turns[name] | _balanced(name, places[name], seen) for name in turns}
     centred: dict[str, tuple[Op, ...]] = {}
     for name, place in places.items():
         if scheme.keys.is_turned and place.may_centre:
@@ -251,6 +255,17 @@ def _turns(name: str, place: Place, scheme: CacheScheme) -> dict[str, tuple[Op, 
     return turns
 
 
+def _balanced(name: str, place: Place, seen: dict[str, Tensor]) -> dict[str, tuple[Op, ...]]:
+    """The matrices of queries and keys that make rounded keys cost scores least. Turns the keys of
+    the attention that were seen."""
+    R, k_nk = _drawn(name, place.key), seen[f"{name}:key"]
+    moved = k_nk - k_nk.mean(0) if place.may_centre else k_nk
+    M, inverse = balance(*(x.view(-1, len(R)) for x in (moved, seen.pop(f"{name}:query"))))
+    first, turned = R.to(M.device), MatMul(M @ R.to(M.device))
+    seen[f"{name}:key"] = turned(k_nk)
+    return {"query": (MatMul(first @ inverse @ first),), "key": (MatMul(first @ turned.M_nn),)}
+
+
 def _drawn(name: str, wire: Wire) -> Tensor:
     return random_hadamard(wire.channels // wire.heads, generator(SEED, name))
 
@@ -280,8 +295,8 @@ def _loss(specs: Mapping[str, Spec], share: float, seen: Mapping[str, Tensor]) -
 def _seen(
     model: PreTrainedModel, places: Mapping[str, Place], ids: Sequence[int]
 ) -> dict[str, Tensor]:
-    """The keys and values of tokens as they are before rounding [n, h * d] in fp32, by the names of
-    their wires."""
+    """What attentions read of tokens as it is before rounding [n, h * d] in fp32, by the names of
+    wires: keys, values, and what else is turned."""
     seen: dict[str, Tensor] = {}
 
     def note(where: str) -> Callable[..., None]:
@@ -290,11 +305,11 @@ def _seen(
 
         return hook
 
-    reads = {name: model.get_submodule(f"{name}.reads") for name in places}
+    reads: dict[str, Any] = {name: model.get_submodule(f"{name}.reads") for name in places}
     hooks = [
         module.get_submodule(kind).register_forward_hook(note(f"{name}:{kind}"))
         for name, module in reads.items()
-        for kind in ("key", "value")
+        for kind in module
     ]
     try:
         model(torch.tensor([[*ids]], dtype=torch.int64, device=model.device), use_cache=False)
