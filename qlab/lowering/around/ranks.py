@@ -2,7 +2,7 @@
 
 by inputs: y = sum over r of y_r       gathered: y = [y_0, y_1, ...]
 a table of embeddings: each rank looks up the ids that it has, the others are 0 there
-an input that is turned over channels of all ranks: [x_0, x_1, ...] @ M, of which each takes its part
+an input that is turned over channels of all ranks: [x_0, x_1, ...] @ M, of which each has a part
 where inputs are rounded at run time: y_r = [0, x @ W_r.T, 0] with x = [x_0, x_1, ...]
 """
 
