@@ -31,6 +31,7 @@ OPTIONS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fPIC",
+    "-pthread",
     "-shared",
     "-w",
 )

@@ -15,8 +15,11 @@
 
 #include "halves.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <thread>
+#include <vector>
 
 #define AVX2 __attribute__((target("avx2")))
 #define AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl")))
@@ -26,7 +29,15 @@ namespace {
 
 constexpr float MAGIC = 12582912.0f;       // 1.5 * 2^23: adding it rounds to an integer, half to even
 constexpr uint32_t MAGIC_BITS = 0x4b400000;
+// Number j of row i is compared with number j ^ 2^i.
+constexpr int32_t PARTNERS[4][16] = {
+  {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14},
+  {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
+  {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
+  {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
+};
 constexpr uint32_t INFINITE = 0x7f800000;  // the bits of infinity; those of NaN are above
+constexpr int64_t AHEAD = 16;              // groups whose grids are fitted before the first of them is rounded
 enum Path : int64_t { BEST, PORTABLE, PATH_AVX2, PATH_AVX512 };
 
 template <int64_t N>
@@ -104,7 +115,9 @@ struct Rows {
     }
     Halves h;
     std::memcpy(&h, at, sizeof h);
-    const Ints bits = __builtin_convertvector(h, Ints);
+    Ints bits;
+    if constexpr (N == 16) asm("vpmovzxwd %1, %0" : "=v"(bits) : "v"(h));  // gcc converts such vectors in halves
+    else bits = __builtin_convertvector(h, Ints);
     if (KIND == BF16) return (Floats)(bits << 16);
     const Ints rest = bits & 0x7fff, sign = (bits & 0x8000) << 16;
     const Ints plain = (Ints)((Floats)(rest << 13) * 0x1p112f), endless = (rest & 0x3ff) << 13 | int32_t(INFINITE);
@@ -119,27 +132,36 @@ struct Rows {
     return load(padded);
   }
 
-  static INLINE int32_t largest(const Ints& x) {
-    int32_t found[N];
-    std::memcpy(found, &x, sizeof found);
-    UNROLL for (int64_t half = N / 2; half > 0; half /= 2) {
-      UNROLL for (int64_t i = 0; i < half; i++) found[i] = found[i] > found[i + half] ? found[i] : found[i + half];
+  static INLINE int32_t largest(Ints x) {
+    UNROLL for (int64_t i = 0; 1 << i < N; i++) {
+      Ints partners;
+      std::memcpy(&partners, PARTNERS[i], sizeof partners);
+      const Ints other = __builtin_shuffle(x, partners);
+      x = x > other ? x : other;
     }
-    return found[0];
+    return x[0];
   }
 
-  struct Sum {                             // of squares, in fp64
-    Doubles parts[2] = {};
+  struct Sum {                             // of squares, in fp64, where each is exact
+    Doubles low{}, high{};
     INLINE void add(const Floats& x) {
       FirstHalf halves[2];
       std::memcpy(halves, &x, sizeof halves);
-      for (int64_t i = 0; i < 2; i++) {
-        const Doubles wide = __builtin_convertvector(halves[i], Doubles);
-        parts[i] += wide * wide;
+      add_to(low, halves[0]);
+      add_to(high, halves[1]);
+    }
+    static INLINE void add_to(Doubles& sum, const FirstHalf& x) {
+      Doubles wide;
+      if constexpr (N == 16) {
+        asm("vcvtps2pd %1, %0" : "=v"(wide) : "v"(x));
+        asm("vfmadd231pd %1, %1, %0" : "+v"(sum) : "v"(wide));
+      } else {
+        wide = __builtin_convertvector(x, Doubles);
+        sum += wide * wide;
       }
     }
     INLINE double total() const {
-      const Doubles both = parts[0] + parts[1];
+      const Doubles both = low + high;
       double found = 0;
       for (int64_t i = 0; i < N / 2; i++) found += both[i];
       return found;
@@ -164,31 +186,40 @@ struct Rows {
     return {both, both};
   }
 
-  static INLINE void round(const Problem& p, const char* weight, int8_t* codes, Grid grid, Part& part) {
-    const Floats low = Floats{} + float(p.qmin), high = Floats{} + float(p.qmax);
+  // Sums stay in registers while a group is rounded: `made` is a copy of them.
+  static INLINE Part round(const Problem& p, const char* weight, int8_t* codes, Grid grid, Part made) {
+    const int64_t whole = p.group - p.group % N;
     Ints error{};
-    for (int64_t j = 0; j < p.group; j += N) {
-      const int64_t count = p.group - j < N ? p.group - j : N;
-      const Floats w = load_some(weight + j * WIDTH, count);
-      Floats x = w / grid.scale + grid.zero;
-      x = x < low ? low : x;
-      x = x > high ? high : x;
-      const Floats shifted = x + MAGIC;
-      const Bytes c = __builtin_convertvector((Ints)shifted - int32_t(MAGIC_BITS), Bytes);
-      if (count == N) std::memcpy(codes + j, &c, N);
-      else std::memcpy(codes + j, &c, count);
-      const Floats d = ((shifted - MAGIC) - grid.zero) * grid.scale - w;
-      const Ints size = (Ints)d & 0x7fffffff;
-      error = size > error ? size : error;
-      part.of_error.add(d);
-      part.of_weight.add(w);
+    for (int64_t j = 0; j < whole; j += N) {
+      const Bytes c = round_vector(p, load(weight + j * WIDTH), grid, made, error);
+      std::memcpy(codes + j, &c, N);
+    }
+    if (whole < p.group) {
+      const Bytes c = round_vector(p, load_some(weight + whole * WIDTH, p.group - whole), grid, made, error);
+      std::memcpy(codes + whole, &c, p.group - whole);
     }
     const Ints steps = (Ints)((Floats)error / grid.scale);
-    part.steps = steps > part.steps ? steps : part.steps;
+    made.steps = steps > made.steps ? steps : made.steps;
+    return made;
+  }
+
+  static INLINE Bytes round_vector(const Problem& p, const Floats& w, Grid grid, Part& made, Ints& error) {
+    const Floats low = Floats{} + float(p.qmin), high = Floats{} + float(p.qmax);
+    Floats x = w / grid.scale + grid.zero;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const Floats shifted = x + MAGIC;
+    const Floats d = ((shifted - MAGIC) - grid.zero) * grid.scale - w;
+    const Ints size = (Ints)d & 0x7fffffff;
+    error = size > error ? size : error;
+    made.of_error.add(d);
+    made.of_weight.add(w);
+    return __builtin_convertvector((Ints)shifted - int32_t(MAGIC_BITS), Bytes);
   }
 
   // Of codes that are there; false where a scale is 0.
   static INLINE bool measure(const Problem& p, const char* weight, const int8_t* codes, Grid grid, Part& part) {
+    Part made = part;
     Ints error{};
     for (int64_t j = 0; j < p.group; j += N) {
       const int64_t count = p.group - j < N ? p.group - j : N;
@@ -196,7 +227,7 @@ struct Rows {
       Bytes c{};
       if (count == N) std::memcpy(&c, codes + j, N);
       else std::memcpy(&c, codes + j, count);
-      Floats d = (__builtin_convertvector(c, Floats) - grid.zero) * grid.scale - w;
+      Floats d = (floats_of(c) - grid.zero) * grid.scale - w;
       if (count < N) {
         const Floats whole = d;
         d = Floats{};
@@ -204,13 +235,34 @@ struct Rows {
       }
       const Ints size = (Ints)d & 0x7fffffff;
       error = size > error ? size : error;
-      part.of_error.add(d);
-      part.of_weight.add(w);
+      made.of_error.add(d);
+      made.of_weight.add(w);
     }
     const float scale = from_bits(bits_of(grid.scale) & 0x7fffffff);
     const Ints steps = (Ints)((Floats)error / scale);
-    part.steps = steps > part.steps ? steps : part.steps;
+    made.steps = steps > made.steps ? steps : made.steps;
+    part = made;
     return scale > 0;
+  }
+
+  static INLINE Floats floats_of(const Bytes& c) {
+    Ints wide;
+    if constexpr (N == 16) asm("vpmovsxbd %1, %0" : "=v"(wide) : "v"(c));  // as in `load`
+    else wide = __builtin_convertvector(c, Ints);
+    return __builtin_convertvector(wide, Floats);
+  }
+
+  // That of group `at`, which is there or is written; false where there is none.
+  static INLINE bool grid_of(const Problem& p, const char* weight, int64_t at, Grid& grid) {
+    if (p.measures) {
+      grid = {number(p.scales, at, Kind(p.scale_kind)), p.zeros ? float(p.zeros[at]) : 0};
+      return true;
+    }
+    const Range r = range(weight, p.group, p.symmetric);
+    if (r.lo >= INFINITE || r.hi >= INFINITE || !fit(p, r, grid)) return false;
+    store(p.scales, at, grid.scale, Kind(p.scale_kind));
+    if (p.zeros) p.zeros[at] = int8_t(grid.zero);
+    return true;
   }
 
   static INLINE bool run(const Problem& p) {
@@ -220,20 +272,18 @@ struct Rows {
       const int64_t last = first + p.rows < p.o ? first + p.rows : p.o;
       for (int64_t row = first; row < last; row++) {
         const char* weight = p.weight + row * p.stride * WIDTH;
-        for (int64_t g = 0; g < groups; g++, weight += p.group * WIDTH) {
-          const int64_t at = row * groups + g;
+        for (int64_t g = 0; g < groups; g += AHEAD) {
+          const int64_t count = groups - g < AHEAD ? groups - g : AHEAD, at = row * groups + g;
+          const char* here = weight + g * p.group * WIDTH;
           int8_t* codes = p.codes + row * p.k + g * p.group;
-          Grid grid;
-          if (p.measures) {
-            grid = {number(p.scales, at, Kind(p.scale_kind)), p.zeros ? float(p.zeros[at]) : 0};
-            if (!measure(p, weight, codes, grid, part)) return false;
-            continue;
+          Grid grids[AHEAD];               // first, since they wait for their ranges and do not wait for each other
+          for (int64_t i = 0; i < count; i++) {
+            if (!grid_of(p, here + i * p.group * WIDTH, at + i, grids[i])) return false;
           }
-          const Range r = range(weight, p.group, p.symmetric);
-          if (r.lo >= INFINITE || r.hi >= INFINITE || !fit(p, r, grid)) return false;
-          store(p.scales, at, grid.scale, Kind(p.scale_kind));
-          if (p.zeros) p.zeros[at] = int8_t(grid.zero);
-          round(p, weight, codes, grid, part);
+          for (int64_t i = 0; i < count; i++, here += p.group * WIDTH, codes += p.group) {
+            if (!p.measures) part = round(p, here, codes, grids[i], part);
+            else if (!measure(p, here, codes, grids[i], part)) return false;
+          }
         }
       }
       double* sums = p.sums + 3 * (first / p.rows);
@@ -244,6 +294,18 @@ struct Rows {
     return true;
   }
 };
+
+// The rows of `count` parts from part `first` on.
+INLINE Problem rows_of(Problem p, int64_t first, int64_t count) {
+  const int64_t row = first * p.rows, groups = p.k / p.group;
+  p.weight += row * p.stride * (p.kind == F32 ? 4 : 2);
+  p.scales = static_cast<char*>(p.scales) + row * groups * (p.scale_kind == F32 ? 4 : 2);
+  if (p.zeros) p.zeros += row * groups;
+  p.codes += row * p.k;
+  p.sums += 3 * first;
+  p.o = p.o - row < count * p.rows ? p.o - row : count * p.rows;
+  return p;
+}
 
 template <int64_t N>
 INLINE bool run(const Problem& p) {
@@ -305,10 +367,18 @@ int64_t qlab_best_path() {
   return wide ? PATH_AVX512 : __builtin_cpu_supports("avx2") ? PATH_AVX2 : PORTABLE;
 }
 
-// 0 where all is rounded, 1 where the reference has to say.
-int32_t qlab_round(const Problem* problem, int64_t path) {
-  if (path == PATH_AVX512) return !round_avx512(*problem);
-  return !(path == PATH_AVX2 ? round_avx2(*problem) : round_portable(*problem));
+// 0 where all is rounded, 1 where the reference has to say. Parts of the rows are rounded by so many threads.
+int32_t qlab_round(const Problem* problem, int64_t path, int64_t threads) {
+  const auto round_rows = path == PATH_AVX512 ? round_avx512 : path == PATH_AVX2 ? round_avx2 : round_portable;
+  const int64_t parts = (problem->o + problem->rows - 1) / problem->rows, each = (parts + threads - 1) / threads;
+  std::atomic<bool> fits{true};
+  std::vector<std::thread> others;
+  for (int64_t first = each; first < parts; first += each) {
+    others.emplace_back([=, &fits] { if (!round_rows(rows_of(*problem, first, each))) fits = false; });
+  }
+  if (!round_rows(rows_of(*problem, 0, each))) fits = false;
+  for (std::thread& other : others) other.join();
+  return !fits;
 }
 
 void qlab_pack(const Stream* stream, int64_t path) {

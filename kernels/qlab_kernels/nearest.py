@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlab_kernels.buffers import empty
 from qlab_kernels.compiled import Uncompiled, library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -102,11 +103,11 @@ def round_weight(
     """A weight that the kernel takes, rounded. None where it holds NaN or Inf, or a scale or an
     error overflows.
 
-    group: channels under a scale, which divide k. rows: rows of a part, whose errors are summed.
-    path: one of `supported()`, or the best.
+    group: channels under a scale, which divide k. rows: rows of a part, whose errors are summed;
+    torch's number of threads rounds as many parts at once. path: one of `supported()`, or the best.
     """
     o, k = W_ok.shape
-    codes = torch.empty((o, k), dtype=torch.int8, device="cpu")
+    codes = empty((o, k), torch.int8)
     scales = torch.empty((o, k // group), dtype=scale_dtype, device="cpu")
     zeros = None if symmetric else torch.empty(scales.shape, dtype=torch.int8, device="cpu")
     sums = torch.empty((-(-o // rows), 3), dtype=torch.float64, device="cpu")
@@ -115,7 +116,7 @@ def round_weight(
     problem.qmin, problem.qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     problem.reach = (problem.qmax - problem.qmin) / 2
     problem.epsilon = torch.finfo(scale_dtype).eps
-    return None if _call("qlab_round", problem, path) else rounded
+    return None if _call("qlab_round", problem, path, torch.get_num_threads()) else rounded
 
 
 def measure(
@@ -132,7 +133,7 @@ def measure(
     made = Rounded(codes=codes, scales=scales, zeros=zeros, sums=sums)
     problem = _problem(W_ok, made, rows)
     problem.measures = True
-    return None if _call("qlab_round", problem, path) else sums
+    return None if _call("qlab_round", problem, path, torch.get_num_threads()) else sums
 
 
 def measures(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> bool:
@@ -160,19 +161,20 @@ def _problem(W_ok: Tensor, made: Rounded, rows: int) -> _Problem:
     )
 
 
-def _call(name: str, problem: ctypes.Structure, path: str) -> int:
-    """What a function of the library says of a problem. Uncompiled where there is none."""
+def _call(name: str, problem: ctypes.Structure, path: str, *more: int) -> int:
+    """What a function of the library says of a problem. Uncompiled where there is none. more: its
+    other arguments."""
     loaded = _library()
     if isinstance(loaded, Uncompiled):
         raise loaded
     number = PATHS.index(path) or loaded.qlab_best_path()
-    return getattr(loaded, name)(ctypes.byref(problem), ctypes.c_int64(number))
+    return getattr(loaded, name)(ctypes.byref(problem), *map(ctypes.c_int64, (number, *more)))
 
 
 def pack(codes: Tensor, bits: int, path: str = "best") -> Tensor:
     """int8 codes [..., k] -> int32 words [..., k bits / 32], both contiguous and on a CPU."""
     *rows, k = codes.shape
-    words = torch.empty((*rows, k * bits // 32), dtype=torch.int32, device="cpu")
+    words = empty((*rows, k * bits // 32), torch.int32)
     _call("qlab_pack", _stream(codes, words, bits), path)
     return words
 
@@ -180,7 +182,7 @@ def pack(codes: Tensor, bits: int, path: str = "best") -> Tensor:
 def unpack(words: Tensor, bits: int, path: str = "best") -> Tensor:
     """The inverse of pack."""
     *rows, k = words.shape
-    codes = torch.empty((*rows, k * 32 // bits), dtype=torch.int8, device="cpu")
+    codes = empty((*rows, k * 32 // bits), torch.int8)
     _call("qlab_unpack", _stream(codes, words, bits), path)
     return codes
 

@@ -15,6 +15,7 @@ from qlab.algebra.spec import Int, Tile, parse_spec, with_scale_dtype
 from qlab.driver.solve import solve_alone
 from qlab.methods.grid import encode, minmax, mse
 from qlab_kernels import nearest as kernel
+from qlab_kernels.buffers import reused
 
 pytestmark = pytest.mark.processor
 
@@ -121,6 +122,39 @@ def test_a_weight_in_several_parts_has_the_errors_of_torch(worth_it, spec, monke
     for part in ("codes", "scales", "zeros"):
         ours, theirs = (getattr(g.params["weight"], part) for g in (by_kernel, by_torch))
         assert same_bits(ours, theirs), part
+
+
+@each_path
+@pytest.mark.parametrize("spec", ["int4-g16", "int8-g16-asym"])
+def test_many_groups_and_many_threads_give_the_same(path, spec):
+    """More groups in a row than are fitted at once, more parts than threads."""
+    spec = with_scale_dtype(parse_spec(spec), BF16)
+    drawn = torch.Generator().manual_seed(0)
+    W_ok = torch.randn(37, 16 * 40, generator=drawn, dtype=torch.float32).to(BF16)
+    expected, before, made = encode(minmax, W_ok.float(), spec), torch.get_num_threads(), {}
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            made[threads] = rounded(W_ok, spec, path)
+            sums = kernel.measure(W_ok, expected.codes, expected.scales, expected.zeros, 4, path)
+            assert torch.equal(sums, made[threads].sums)
+    finally:
+        torch.set_num_threads(before)
+    for part in ("codes", "scales", "zeros"):
+        each = [getattr(one, part) for one in (*made.values(), expected)]
+        assert same_bits(each[0], each[1]) and same_bits(each[0], each[2])
+    assert torch.equal(made[1].sums, made[3].sums)
+
+
+def test_outputs_take_the_memory_of_earlier_ones_while_somebody_asks_for_it():
+    codes = torch.zeros((1 << 11, 1 << 11), dtype=torch.int8)
+    with reused():
+        with reused():
+            place = kernel.pack(codes, 4).data_ptr()
+        words = kernel.pack(codes, 4)
+        assert words.data_ptr() == place
+        assert kernel.pack(codes, 4).data_ptr() != place  # `words` is left
+        assert kernel.unpack(words, 4).equal(codes)
 
 
 def test_behind_a_mask_zeros_stay_and_the_kernel_is_not_asked(worth_it, monkeypatch):
