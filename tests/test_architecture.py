@@ -227,6 +227,7 @@ def test_foreign_libraries_come_in_by_their_doors(file):
             "bench",
         },
         "accelerate": {"model", "hf", "demo"},
+        "blake3": {"files"},
         "compressed_tensors": {"bench"},  # tests read with it; qlab does not need it
         "gptqmodel": {"bench"},
         "matplotlib": {"bench", "evaluation"},

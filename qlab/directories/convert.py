@@ -20,6 +20,7 @@ from qlab.driver.admissible import Admission
 from qlab.driver.siblings import Siblings
 from qlab.errors import QlabError
 from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
+from qlab.files.hashed import HashedFiles
 from qlab.files.place import place, refuse_early
 from qlab.files.record import recorded, versions, written
 from qlab.files.shardwise import leaves_by_file, rewrite_files
@@ -109,7 +110,7 @@ def convert(
         writer.begin(job, len(leaves_by_file(source)), source.path)
         if not writer.finished:
             with writer.refusing():
-                rewrite_files(source, writer, leaves.rewritten, "converting", CODECS[codec])
+                rewrite_files(source, writer, leaves, "converting", CODECS[codec])
                 notes = writer.notes()
                 leaves.refuse_lost(notes)
             writer.finish(written(config, job, {**record, **notes}), source.path)
@@ -121,7 +122,7 @@ def _job(
 ) -> dict[str, Any]:
     """What identifies a conversion. record: the source's qlab.json."""
     return {
-        "source": source.sha256(),
+        "source": HashedFiles(source.path, source.stored).digest(),
         "codec": codec,
         "requantize": requantize and str(requantize),
         "versions": versions(),
@@ -147,7 +148,7 @@ def _as_file(leaves: Recoded, job: Mapping[str, Any], file: Path) -> Converted:
     notes = to_gguf(
         leaves.source,
         leaves.targets,
-        leaves.rewritten,
+        lambda name, notes: leaves.rewritten(name, leaves.read(name), notes),
         refuse_lost=leaves.refuse_lost,
         job=job,
         file=file,

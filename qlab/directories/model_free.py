@@ -1,5 +1,5 @@
-"""Quantizing without a model: safetensors and a configuration in, the same out, one tensor in
-memory at a time.
+"""Quantizing without a model: safetensors and a configuration in, the same out, a few tensors in
+memory at a time, or a single large one.
 
 For methods that need no data. Which tensors are linear weights is read off their names: by default
 every [o, k] `.weight` but those of embeddings, heads, norms and routers, which engines expect
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from qlab.algebra.bind import Bind
 from qlab.algebra.compiled import expect
-from qlab.algebra.graph import ModuleGraph, lone_weight
-from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.graph import lone_weight
+from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import name_of
 from qlab.algebra.transform import Transform
-from qlab.algebra.views import EachWeight, Uncovered
 from qlab.codecs import CODECS, Codec, codec_of_directories
 from qlab.directories.by_ranks import made_together
 from qlab.directories.chosen import KEPT, chosen_weights
@@ -32,12 +31,12 @@ from qlab.driver.admissible import Admission, Refusals, tile_misfit
 from qlab.driver.job import CODEC
 from qlab.driver.pieces import put_together
 from qlab.driver.ranks import Ranks, refuse_unlike, together
-from qlab.driver.report import PeakMemory, describe, site_rows
+from qlab.driver.report import PeakMemory, describe, known_distances, site_rows
 from qlab.driver.result import Written
 from qlab.driver.siblings import Siblings
 from qlab.driver.solve import solve_alone
 from qlab.errors import QlabError
-from qlab.files.certificate import DISTANCES, distances, fingerprint
+from qlab.files.certificate import distances, fingerprint
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.hashed import HashedFiles
 from qlab.files.parts import Parts
@@ -48,7 +47,6 @@ from qlab.files.segments import Segments
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_file, rewrite_files, sizes_by_file
 from qlab.files.writer import Writer
 from qlab.model.modules import Modules
-from qlab.process.later import Later
 from qlab.process.shown import size
 from qlab.process.surroundings import undisturbed
 
@@ -170,7 +168,7 @@ def _write(files: "Files", own_writer: Writer | None, ranks: Ranks) -> None:
             stack.enter_context(own_writer.refusing())
         if ranks.world == 1 and own_writer is not None:
             leaves = files.leaves
-            rewrite_files(files.model, own_writer, leaves.rewritten, "quantizing", leaves.codec)
+            rewrite_files(files.model, own_writer, leaves, "quantizing", leaves.codec)
         else:
             made_together(files.make, sizes_by_file(files.model), files.source, own_writer, ranks)
     if own_writer is not None:
@@ -234,8 +232,7 @@ class Files:
     @torch.no_grad()
     def make(self, parts: Segments, index: int) -> None:
         """See `qlab.driver.pieces.Pieces`."""
-        leaves = leaves_by_file(self.model)[index]
-        rewrite_file(parts, index, leaves, self.leaves.rewritten, self.leaves.codec)
+        rewrite_file(self.model, parts, index, self.leaves, self.leaves.codec)
 
     @undisturbed
     @torch.no_grad()
@@ -332,27 +329,39 @@ class _Leaves:
     siblings: Siblings
     transposed: Collection[str]
 
-    def rewritten(self, name: str, notes: Notes) -> dict[str, Tensor]:
+    def read(self, name: str) -> tuple[Leaf, Tensor | None]:
+        """A leaf, and the global scale that it is to have."""
+        module = name.rpartition(".")[0]
+        outer = self.siblings.outer(module) if self._is_chosen(name) else None
+        return self.source.leaf(name), outer
+
+    def _is_chosen(self, name: str) -> bool:
+        module = name.rpartition(".")[0]
+        return module in self.siblings and name == f"{module}.weight"
+
+    @undisturbed
+    @torch.no_grad()
+    def rewritten(
+        self, name: str, read: tuple[Leaf, Tensor | None], notes: Notes
+    ) -> dict[str, Tensor]:
         """The tensors of one leaf: quantized where it is chosen, else dense."""
-        leaf, module = self.source.leaf(name), name.rpartition(".")[0]
+        (leaf, outer), module = read, name.rpartition(".")[0]
         weight = dense(leaf, self.source.dtype) if isinstance(leaf, QTensor) else leaf
-        if module not in self.siblings or name != f"{module}.weight":
+        if not self._is_chosen(name):
             return {name: weight}
         transposed = module in self.transposed
         W_ok = weight.mT if transposed else weight
-        outer = self.siblings.outer(module)
         solved = solve_alone(lone_weight(module, W_ok, self.source.dtype, outer=outer), self.recipe)
         quantized = solved.params["weight"]
         assert isinstance(quantized, QTensor)  # a stage rounds every chosen weight
-        sha256 = Later(fingerprint, quantized)
         tensors = self.codec.encode(module, quantized)
         marks = refuse_misencoded(name, tensors, quantized, self.codec)
         rows = site_rows(solved)
-        if isinstance(leaf, Tensor) and quantized.perm is None and self._is_one_step(solved):
-            certificate = {key: rows[module][key] for key in DISTANCES}  # of the same two weights
-        else:
-            certificate = distances(quantized, W_ok if transposed else leaf)
-        certificate["sha256"] = sha256.result()
+        (site,) = solved.code.sites
+        # of codes, the weight in the files is another than the one that was rounded
+        known = known_distances(self.recipe, solved, site) if isinstance(leaf, Tensor) else None
+        certificate: dict[str, Any] = known or distances(quantized, W_ok if transposed else leaf)
+        certificate["hash"] = fingerprint(quantized)
         for section, of_leaf in (
             ("sites", rows),
             ("certificates", {module: certificate}),
@@ -360,15 +369,6 @@ class _Leaves:
         ):
             notes.setdefault(section, {}).update(of_leaf)
         return tensors
-
-    def _is_one_step(self, weight: ModuleGraph) -> bool:
-        """Whether one step alone made a weight, and its errors were measured there: they are those
-        from the files. Nothing is measured of a raw stage."""
-        (site,) = weight.code.sites
-        path = weight.where(site)
-        steps = [stage for stage in self.recipe if not isinstance(stage.view, Uncovered)]
-        touching = [stage.view for stage in steps if stage.touches(path, site)]
-        return len(touching) == 1 and isinstance(touching[0], EachWeight) and touching[0].by_expert
 
 
 def _dense_weight(source: Checkpoint, module: str) -> Tensor:

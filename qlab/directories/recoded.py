@@ -10,7 +10,7 @@ from torch import Tensor
 from qlab.algebra.graph import Op
 from qlab.algebra.grid import encode as round_to_grid
 from qlab.algebra.grid import minmax
-from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.spec import Spec
 from qlab.codecs import CODECS
 from qlab.directories.express import express
@@ -24,6 +24,7 @@ from qlab.files.readback import MARKS, mark
 from qlab.files.shardwise import Notes
 from qlab.model.headers import refuse_another_weight
 from qlab.process.shown import some
+from qlab.process.surroundings import undisturbed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +44,15 @@ class Recoded:
     rounds: bool
     record: Mapping[str, Any]
 
-    def rewritten(self, name: str, notes: Notes) -> Mapping[str, Tensor]:
+    def read(self, name: str) -> Leaf:
+        """One leaf, decoded where the files hold codes of it."""
+        return self.source.leaf(name)
+
+    @undisturbed
+    @torch.no_grad()
+    def rewritten(self, name: str, leaf: Leaf, notes: Notes) -> Mapping[str, Tensor]:
         """The tensors of one leaf. What would be lost goes into the notes instead."""
         module = name.rpartition(".")[0]
-        if module not in self.source.quantized or name != f"{module}.weight":
-            return {name: self.source.tensor(name)}
-        leaf = self.source.leaf(name)
         if isinstance(leaf, Tensor):  # its format laid it out in a way of its own
             return {name: leaf}
         refuse_another_weight(self.source, name, leaf.shape, self.shapes)

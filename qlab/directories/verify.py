@@ -20,7 +20,14 @@ from qlab.directories.covered import unlike_recipe
 from qlab.directories.settings import differences
 from qlab.directories.verdict import Verdict
 from qlab.errors import QlabError
-from qlab.files.certificate import distances, fingerprint, hash_of, hash_of_json, off_grid
+from qlab.files.certificate import (
+    distances,
+    fingerprint,
+    hash_of,
+    hash_of_json,
+    off_grid,
+    promised,
+)
 from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
 from qlab.files.record import recorded
 from qlab.files.shardwise import leaves_by_file
@@ -181,7 +188,7 @@ def _extra(
     return sorted(
         name
         for name in extra
-        if name not in written or written[name] != hash_of(dense(model.leaf(name)))
+        if name not in written or written[name] != hash_of(dense(model.leaf(name)), written[name])
     )
 
 
@@ -199,7 +206,7 @@ def _changed(
     for name in sorted(_leaves(both.model) & _leaves(both.reference) - quantized):
         leaf = model.leaf(name)
         if _differs(leaf, reference.leaf(name)):
-            by_recipe = written.get(name) == hash_of(dense(leaf))
+            by_recipe = written.get(name) == hash_of(dense(leaf), written.get(name))
             changed[name] = "written by the recipe, as recorded" if by_recipe else None
     return changed
 
@@ -258,7 +265,8 @@ def _site(
         leaf = model.leaf(f"{module}.weight")
         assert isinstance(leaf, QTensor)
         row["fault"] = off_grid(leaf)
-        if certificate and fingerprint(leaf) != certificate["sha256"] and not row["fault"]:
+        sealed = promised(certificate)
+        if certificate and fingerprint(leaf, sealed) != sealed and not row["fault"]:
             row["fault"] = "its codes, scales or zero points are not the certified ones"
         original = _original(both, module, certificate, transposed)
         if original is not None:

@@ -10,7 +10,6 @@ are small operations, such as those on one column. What a stage does per weight 
 fitted to measured runs of one block; a stage of another name counts as UNKNOWN.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from qlab.driver.batches import BATCH_TOKENS
 from qlab.driver.foreseen import Measured, passes_of
 from qlab.driver.job import Job
 from qlab.driver.sites import Sites
+from qlab.files.digests import hasher
 
 # Of the estimate, in processor time of one thread on the demo: rtn took 1.4, hqq 1.2, gptq on 4,096
 # tokens 0.6.
@@ -238,7 +238,9 @@ def byte_rate() -> float:
 
 
 def _hash(block: bytes) -> None:
-    hashlib.sha256(block).digest()
+    hashed = hasher()
+    hashed.update(block)
+    hashed.digest()
 
 
 def said(seconds: float) -> str:

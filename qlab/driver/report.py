@@ -13,7 +13,8 @@ from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import described
 from qlab.algebra.transform import Transform
-from qlab.algebra.views import Uncovered
+from qlab.algebra.views import EachWeight, Uncovered
+from qlab.files.certificate import DISTANCES
 from qlab.files.record import spec_entries
 
 
@@ -62,6 +63,19 @@ def site_rows(graph: ModuleGraph) -> dict[str, dict[str, Any]]:
         }
 
     return {graph.where(site): row(site) for site in graph.code.sites}
+
+
+def known_distances(recipe: Transform, graph: ModuleGraph, site: Site) -> dict[str, float] | None:
+    """How far a solved weight is from the one in the files, as a certificate says it, where one
+    step alone made it: then its errors were measured there. Nothing is measured of a raw stage."""
+    path, leaf = graph.where(site), graph.params[site.weight or ""]
+    if not isinstance(leaf, QTensor) or leaf.perm is not None or site.route is not None:
+        return None
+    steps = [stage for stage in recipe if not isinstance(stage.view, Uncovered)]
+    touching = [stage.view for stage in steps if stage.touches(path, site)]
+    if len(touching) != 1 or not isinstance(touching[0], EachWeight) or not touching[0].by_expert:
+        return None
+    return {key: graph.notes[site.path][key] for key in DISTANCES}
 
 
 class PeakMemory:

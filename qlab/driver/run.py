@@ -34,6 +34,7 @@ from qlab.driver.writing import (
     changed,
     encode,
     hashes,
+    measured,
     online_at,
     originals,
     refuse_unwritten,
@@ -123,7 +124,12 @@ def write_solved(skeleton: Skeleton, run: Run, block: Solved, call: Call) -> Non
     refuse_misread(run.writer.shard(number), leaves, run.codec, online)
     notes: dict[str, Mapping[str, Any]] = {
         "sites": site_rows(after),
-        "certificates": certificates(skeleton, leaves, originals(skeleton, before)),
+        "certificates": certificates(
+            skeleton,
+            leaves,
+            originals(skeleton, before),
+            measured(skeleton, run.job.recipe, after),
+        ),
         "changed": hashes(leaves, changed_names),
         **rows,
         **unused(skeleton, before),

@@ -10,7 +10,7 @@ from qlab.algebra.transform import Transform
 from qlab.driver.sites import Sites
 from qlab.driver.writing import written_as
 from qlab.errors import QlabError
-from qlab.files.certificate import fingerprint, hash_of
+from qlab.files.certificate import fingerprint, hash_of, promised
 from qlab.model.pieces import Piece
 from qlab.model.skeleton import Skeleton
 
@@ -60,7 +60,7 @@ def shared(
             continue
         for piece in written_as(skeleton, graph, name):
             made = _hash(skeleton, piece, leaf) if piece.name in changed else None
-            rows[full] = {"of": piece.name, "sha256": made}
+            rows[full] = {"of": piece.name, "hash": made}
     return {"shared": rows} if rows else {}
 
 
@@ -73,10 +73,10 @@ def _hash(skeleton: Skeleton, piece: Piece, leaf: Leaf) -> str:
 
 def refuse_divided(notes: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse a recipe that made two of what the files hold once. notes: of all blocks."""
-    certified = {f"{name}.weight": row["sha256"] for name, row in notes["certificates"].items()}
+    certified = {f"{name}.weight": promised(row) for name, row in notes["certificates"].items()}
     written = {**notes["changed"], **certified}
     for name, row in notes.get("shared", {}).items():
-        if written.get(row["of"]) != row["sha256"]:
+        if written.get(row["of"]) != row["hash"]:
             raise QlabError(
                 f"{name} and {row['of']} are one tensor of the model, and the recipe makes two of "
                 "it; use a method that gives both blocks the same, such as rtn, or keep both"

@@ -12,8 +12,10 @@ from qlab.algebra.graph import ModuleGraph, Op
 from qlab.algebra.leaf import Fetched
 from qlab.algebra.online import matrix_of
 from qlab.algebra.qtensor import Leaf, QTensor
+from qlab.algebra.transform import Transform
 from qlab.algebra.wires import full_name
 from qlab.codecs import Codec
+from qlab.driver.report import known_distances
 from qlab.errors import QlabError
 from qlab.files.certificate import distances, fingerprint, hash_of, off_grid
 from qlab.model.calls import Call
@@ -187,7 +189,10 @@ def originals(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Tensor]:
 
 
 def certificates(
-    skeleton: Skeleton, leaves: Mapping[str, Leaf], originals: Mapping[str, Tensor]
+    skeleton: Skeleton,
+    leaves: Mapping[str, Leaf],
+    originals: Mapping[str, Tensor],
+    known: Mapping[str, Mapping[str, float]],
 ) -> dict[str, dict[str, Any]]:
     """Module -> the certificate of its quantized weight, for every one among the leaves of a block.
 
@@ -196,8 +201,9 @@ def certificates(
         leaves: What is written, by its names in the files.
         originals: What was read, as of `originals`. What is not there is read again; what the files
             hold by no such name is certified by its hash alone.
+        known: Distances that a step measured, by names in the files.
     """
-    certified: dict[str, dict[str, Any]] = {}
+    certified: dict[str, Mapping[str, Any]] = {}
     digests: dict[str, Later[str]] = {}
     for name, leaf in leaves.items():
         if not isinstance(leaf, QTensor):
@@ -209,10 +215,25 @@ def certificates(
         if isinstance(original, Tensor) and module in skeleton.names.transposed:
             original = original.mT
         digests[module] = Later(fingerprint, leaf)
+        if name in known and name in originals:
+            certified[module] = known[name]
+            continue
         certified[module] = {} if original is None else distances(leaf, original)
-    return {
-        module: {"sha256": digests[module].result(), **row} for module, row in certified.items()
-    }
+    return {module: {"hash": digests[module].result(), **row} for module, row in certified.items()}
+
+
+def measured(
+    skeleton: Skeleton, recipe: Transform, graph: ModuleGraph
+) -> Mapping[str, Mapping[str, float]]:
+    """The distances of a solved block's weights that a step measured (`known_distances`), by their
+    names in the files."""
+    known = {}
+    for site in graph.code.sites:
+        pieces = written_as(skeleton, graph, site.weight or "")
+        row = known_distances(recipe, graph, site) if len(pieces) == 1 else None
+        if row is not None:
+            known[pieces[0].name] = row
+    return known
 
 
 def hashes(leaves: Mapping[str, Leaf], names: Collection[str]) -> dict[str, str]:

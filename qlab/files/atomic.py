@@ -4,7 +4,6 @@ that vouches for it."""
 import errno
 import fcntl
 import glob
-import hashlib
 import json
 import os
 import secrets
@@ -86,9 +85,3 @@ def write_json(path: Path, value: Any) -> None:
     """Sorted, indented JSON, atomically."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     atomically(path, lambda p: p.write_text(text))
-
-
-def digest_of(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,6 @@
 """Hidden states of all samples in a file that vouches for itself: what a resumed run goes on
 from."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BufferedReader
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
+from qlab.files.digests import SIZE, hasher
 from qlab.files.tensors import bytes_of
 
 BLOCK = 1 << 20
-DIGEST = hashlib.sha256().digest_size
 
 
 class Carry:
@@ -42,7 +41,8 @@ class Carry:
         """Fill the file with batches, in order."""
 
         def fill(temporary: Path) -> None:
-            digest = hashlib.sha256(self.identity.encode())
+            digest = hasher()
+            digest.update(self.identity.encode())
             with temporary.open("wb") as file:
                 for batch in batches:
                     data = bytes_of(batch)
@@ -78,12 +78,13 @@ class Carry:
         """Whether the file holds what was written to it for this very use."""
         try:
             with self.path.open("rb") as file:
-                return self._matches(file, self.path.stat().st_size - DIGEST)
+                return self._matches(file, self.path.stat().st_size - SIZE)
         except OSError:
             return False
 
     def _matches(self, file: BufferedReader, size: int) -> bool:
-        digest = hashlib.sha256(self.identity.encode())
+        digest = hasher()
+        digest.update(self.identity.encode())
         while size > 0:
             data = file.read(min(BLOCK, size))
             if not data:

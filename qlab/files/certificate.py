@@ -1,6 +1,6 @@
 """What is promised of a quantized weight when it is made, and what can be checked of it in a file.
 
-A certificate holds `sha256`, the hash of the numbers that the codes mean, whatever the format that
+A certificate holds `hash`, the hash of the numbers that the codes mean, whatever the format that
 stores them, and against the weight of the model that was quantized `weight_error`, |W - W'| / |W|,
 and `largest_step`, max |W - W'| in units of the scales. Where a method rescaled an input, both are
 large and still the ones to be found again; how well the weight was rounded is in the site's row.
@@ -8,6 +8,7 @@ large and still the ones to be found again; how well the weight was rounded is i
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from qlab.algebra.measured import errors_of
 from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.qtensor import off_grid as off_grid
+from qlab.files.digests import hasher, said
 from qlab.files.tensors import bytes_of
 
 DISTANCES = ("weight_error", "largest_step")
@@ -24,7 +26,7 @@ DISTANCES = ("weight_error", "largest_step")
 def certify(leaf: QTensor, reference: Leaf | None) -> dict[str, Any]:
     """The certificate of a quantized weight [o, k]; without the weight it was made from, the hash
     alone."""
-    return {"sha256": fingerprint(leaf)} | ({} if reference is None else distances(leaf, reference))
+    return {"hash": fingerprint(leaf)} | ({} if reference is None else distances(leaf, reference))
 
 
 def distances(leaf: QTensor, reference: Leaf) -> dict[str, float]:
@@ -37,8 +39,14 @@ def distances(leaf: QTensor, reference: Leaf) -> dict[str, float]:
     return error | ({"largest_step": errors.steps} if leaf.perm is None else {})
 
 
-def fingerprint(leaf: QTensor) -> str:
-    """sha256 over shape, codes, scales, zeros, outer scale and order of channels.
+def promised(certificate: Mapping[str, Any]) -> Any:
+    """The hash that a certificate holds: older versions of qlab called it `sha256`."""
+    return certificate.get("hash", certificate.get("sha256"))
+
+
+def fingerprint(leaf: QTensor, like: str | None = None) -> str:
+    """The hash of shape, codes, scales, zeros, outer scale and order of channels. like: a hash of
+    the kind that is meant (`digests.hasher`).
 
     Scales and zeros enter as float64, missing zeros as 0 and missing outer scales as 1, so that a
     format's choice of dtype does not show and a changed number does.
@@ -46,17 +54,19 @@ def fingerprint(leaf: QTensor) -> str:
     zeros = torch.zeros_like(leaf.scales, dtype=torch.float64) if leaf.zeros is None else leaf.zeros
     outer = torch.ones(1, dtype=torch.float64) if leaf.outer is None else leaf.outer
     perm = torch.arange(leaf.shape[-1]) if leaf.perm is None else leaf.perm
-    digest = hashlib.sha256(f"{leaf.spec.tile} {tuple(leaf.shape)}".encode())
+    digest = hasher(like)
+    digest.update(f"{leaf.spec.tile} {tuple(leaf.shape)}".encode())
     for part in (leaf.codes, leaf.scales.double(), zeros.double(), outer.double(), perm):
         digest.update(bytes_of(part))
-    return digest.hexdigest()
+    return said(digest)
 
 
-def hash_of(tensor: Tensor) -> str:
-    """sha256 of an unquantized tensor: dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+def hash_of(tensor: Tensor, like: str | None = None) -> str:
+    """The hash of an unquantized tensor: dtype, shape and bytes. like: as of `fingerprint`."""
+    digest = hasher(like)
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(bytes_of(tensor))
-    return digest.hexdigest()
+    return said(digest)
 
 
 def hash_of_json(value: Any) -> str:

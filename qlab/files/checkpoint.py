@@ -1,6 +1,7 @@
 """A model directory as lazily loaded tensors: the one door to a model's files and to its
 configuration."""
 
+import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from qlab.codecs.extra import Extra
 from qlab.errors import QlabError, first_line, warn
 from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
 from qlab.files.explained import KEY, explained, refuse_unexplained
-from qlab.files.hashed import HashedFiles, fingerprint
+from qlab.files.hashed import fingerprint
 from qlab.files.tensors import dtype_of, read, refuse_overflow, same_bytes
 from qlab.process.shown import Shown, size
 
@@ -180,6 +181,11 @@ class Checkpoint(Shown):
         places = [self.stored[part] for part in (name, *coded) if part in self.stored]
         return min((tensor.file, tensor.start) for tensor in places)
 
+    def nbytes(self, name: str) -> int:
+        """Bytes of the files that hold a leaf."""
+        parts = self.parts(name.rpartition(".")[0]) if self.is_coded(name) else (name,)
+        return sum(self.stored[part].nbytes for part in parts)
+
     def equal(self, a: str, b: str) -> bool:
         """Whether two leaves of the files are one, bit for bit: tensors, or the weights of two
         quantized modules, whose tensors are all alike."""
@@ -288,13 +294,17 @@ class Checkpoint(Shown):
                 )
 
     def fingerprint(self) -> str:
-        """What tells this model from another one, wherever it lies, before it is read: sha256 over
+        """What tells this model from another one, wherever it lies, before it is read: the hash of
         config.json, where each tensor lies, and some bytes of each."""
         return fingerprint(self.path, self.stored)
 
     def sha256(self) -> str:
-        """sha256 over config.json and all files, which are read for it."""
-        return HashedFiles(self.path, self.stored).sha256()
+        """sha256 over config.json and the sha256 of every file; all are read for it."""
+        digest = hashlib.sha256((self.path / CONFIG).read_bytes())
+        for file in sorted(set(self.files.values())):
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())  # type: ignore[arg-type]
+        return digest.hexdigest()
 
 
 def _refuse_foreign_part(config: "PretrainedConfig", where: Path) -> None:

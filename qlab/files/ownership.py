@@ -1,6 +1,6 @@
 """What qlab wrote and nobody changed since: the only thing that qlab replaces.
 
-A finished directory names every file in it with its sha256 in qlab.json, under `written`; there
+A finished directory names every file in it with its hash in qlab.json, under `written`; there
 qlab.json itself stands with the hash of what else it says. A report (`--json`) carries the hash of
 what it says under `qlab_sha256`.
 """
@@ -13,25 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from qlab.errors import QlabError
-from qlab.files.atomic import digest_of
+from qlab.files.digests import digest_of
 from qlab.files.directory import read_json
 from qlab.process.shown import some
 
 RECORD = "qlab.json"
-WRITTEN = "written"  # in qlab.json: name of a file -> sha256
+# in qlab.json: name of a file -> its hash, and of qlab.json itself the sha256 of the rest
+WRITTEN = "written"
 SEAL = "qlab_sha256"  # in a report: sha256 of the rest
 
 
 # ------------------------------------------------------------------ directories
 def with_files(record: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
     """A qlab.json that names the files beside it and vouches for itself. digests: name ->
-    sha256."""
+    hash."""
     said = {key: value for key, value in record.items() if key != WRITTEN}
     return {**said, WRITTEN: {**digests, RECORD: _hash_of(said)}}
 
 
 def written_files(folder: Path) -> dict[str, str] | None:
-    """The files that qlab wrote, as the qlab.json of a folder names them: name -> sha256; None
+    """The files that qlab wrote, as the qlab.json of a folder names them: name -> hash; None
     where there is no such record."""
     try:
         files = read_json(folder / RECORD).get(WRITTEN)
@@ -47,7 +48,7 @@ def damaged(folder: Path) -> dict[str, str]:
     for name, digest in sorted((written_files(folder) or {}).items()):
         if not (folder / name).is_file():
             damage[name] = "is missing"
-        elif _digest_in(folder, name) != digest:
+        elif _digest_in(folder, name, digest) != digest:
             damage[name] = "is not what was written"
     return damage
 
@@ -77,7 +78,7 @@ def foreign(folder: Path, contents: bool = True) -> str | None:
     if empty:
         return f"{folder} holds the folder {empty[0]}, which qlab did not make"
     for name in sorted(names) if contents else ():
-        if (folder / name).is_symlink() or _digest_in(folder, name) != files[name]:
+        if (folder / name).is_symlink() or _digest_in(folder, name, files[name]) != files[name]:
             return f"{folder} holds {name}, which was changed after qlab wrote it"
     return None
 
@@ -94,12 +95,13 @@ def _listing(folder: Path) -> tuple[set[str], set[str]]:
     return names, folders
 
 
-def _digest_in(folder: Path, name: str) -> str:
+def _digest_in(folder: Path, name: str, recorded: Any) -> str:
+    """The hash of a file as it is now, of the kind that is recorded; empty where there is none."""
     try:
         if name == RECORD:
             said = read_json(folder / RECORD)
             return _hash_of({key: value for key, value in said.items() if key != WRITTEN})
-        return digest_of(folder / name)
+        return digest_of(folder / name, like=recorded)
     except (OSError, QlabError):
         return ""
 

@@ -19,11 +19,11 @@ from qlab.algebra.spec import (
 )
 from qlab.codecs.around import SECTION as AROUND
 from qlab.errors import QlabError
-from qlab.files.certificate import hash_of_json
+from qlab.files.certificate import hash_of_json, promised
 from qlab.files.directory import read_json
 from qlab.files.ownership import RECORD
 
-PACKAGES = ("qlab", "torch", "transformers", "safetensors")
+PACKAGES = ("qlab", "torch", "transformers", "safetensors", "blake3")
 
 
 def versions() -> dict[str, str]:
@@ -71,13 +71,17 @@ def _faults(record: Any) -> Iterator[str]:
     for section, kinds in ROWS.items():
         rows = record.get(section, {})
         for name, row in rows.items() if isinstance(rows, dict) else [(section, None)]:
-            if not isinstance(row, dict) or not all(
-                _holds(row.get(key), kind) for key, kind in kinds.items()
-            ):
+            if not isinstance(row, dict) or not _is_row(section, row, kinds):
                 yield f"{section}, {name!r}"
     yield from (key for key, kind in KEYS.items() if not isinstance(record.get(key, kind()), kind))
     if not _are_rows(record.get(AROUND, {})):
         yield AROUND
+
+
+def _is_row(section: str, row: Mapping[str, Any], kinds: Mapping[str, Any]) -> bool:
+    if section == "certificates" and promised(row) is None:
+        return False
+    return all(_holds(row.get(key), kind) for key, kind in kinds.items())
 
 
 def _holds(value: Any, kind: Any) -> bool:
@@ -113,7 +117,8 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
         "tokens": (int, NoneType),
     },
     "certificates": {
-        "sha256": str,
+        "hash": (str, NoneType),
+        "sha256": (str, NoneType),  # of older versions
         "weight_error": _MAYBE_FLOAT,
         "largest_step": _MAYBE_FLOAT,
         "made_of": (str, NoneType),

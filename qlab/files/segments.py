@@ -3,21 +3,20 @@
 A segment is done when its notes are what was written and its shard has the hash that they name.
 """
 
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor
 
 from qlab.errors import Unwritable
-from qlab.files.atomic import digest_of
+from qlab.files.atomic import unwritable
+from qlab.files.digests import digest_of
 from qlab.files.hashed import HashedFiles
 from qlab.files.ownership import read_sealed, sealed
-from qlab.files.tensors import write
-from qlab.process.later import Later
+from qlab.files.tensors import Spool, write
 from qlab.process.progress import say
 
 
@@ -29,7 +28,7 @@ class Segments(ABC):
     """
 
     shards: int
-    digests: dict[int, Later[str]]
+    digests: dict[int, str]
     source: HashedFiles | None
 
     @abstractmethod
@@ -51,14 +50,39 @@ class Segments(ABC):
 
     def write_shard(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """One shard, atomically, one tensor at a time."""
-        self.atomically(self.shard(index), lambda path: write(path, tensors))
-        # opened here: the folder may be taken away before the thread comes to it
-        self.digests[index] = Later(_digest_and_close, self.shard(index).open("rb"))
+        self.atomically(
+            self.shard(index),
+            lambda path: self.digests.update({index: write(path, tensors)}),
+        )
+
+    def spooled(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> Spool:
+        """The tensors of a shard, on their way to its file: `write_spool` ends it, in any
+        thread."""
+        spool = Spool(self.shard(index))
+        try:
+            with unwritable(self.shard(index)):
+                for name, tensor in tensors:
+                    spool.add(name, tensor)
+                    del tensor
+        except BaseException:
+            spool.close()
+            raise
+        return spool
+
+    def write_spool(self, index: int, spool: Spool) -> None:
+        """One shard, atomically, of tensors that are on their way."""
+        try:
+            self.atomically(
+                self.shard(index),
+                lambda path: self.digests.update({index: spool.write(path)}),
+            )
+        finally:
+            spool.close()
 
     def write_notes(self, index: int, notes: Mapping[str, Mapping[str, Any]]) -> None:
         """What the report says of a segment, by section, kept until the end of the job; with the
         hash of its shard, written before."""
-        record = {"segment": index, "shard": self.digests[index].result(), "notes": notes}
+        record = {"segment": index, "shard": self.digests[index], "notes": notes}
         if self.source is not None:
             record["read"] = self.source.proof()
         self.write_json(self.notes_path(index), sealed(record))
@@ -115,8 +139,3 @@ class Segments(ABC):
         if not shard.is_file():
             return f"{shard} is missing"
         return None if digest_of(shard) == record["shard"] else f"{shard} is not what was written"
-
-
-def _digest_and_close(file: IO[bytes]) -> str:
-    with file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -1,9 +1,12 @@
-"""A model directory rewritten file by file, one tensor in memory at a time, without a model
-definition."""
+"""A model directory rewritten file by file, a few tensors in memory at a time, or a single large
+one, without a model definition."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -11,11 +14,22 @@ from qlab.codecs import Codec
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.readback import MARKS, refuse_misread
 from qlab.files.segments import Segments
+from qlab.files.tensors import Spool
+from qlab.process.ahead import Ahead
 from qlab.process.progress import progress
 
 Notes = dict[str, dict[str, Any]]  # section of the report -> rows
-# A leaf's name -> its new tensors; what is to be reported goes into the notes.
-Rewrite = Callable[[str, Notes], Mapping[str, Tensor]]
+
+
+class Rewriting(Protocol):
+    """What becomes of the leaves of a directory."""
+
+    def read(self, name: str) -> Any:
+        """All that is read of the files for a leaf. One thread calls it, in their order."""
+
+    def rewritten(self, name: str, leaf: Any, notes: Notes) -> Mapping[str, Tensor]:
+        """The new tensors of a leaf that was read; what is to be reported goes into the notes.
+        Several threads call it at once."""
 
 
 def leaves_by_file(model: Checkpoint) -> list[list[str]]:
@@ -46,24 +60,71 @@ def _by_file(model: Checkpoint) -> dict[Path, list[str]]:
 
 
 def rewrite_files(
-    model: Checkpoint, writer: Segments, rewrite: Rewrite, doing: str, codec: Codec
+    model: Checkpoint, writer: Segments, rewriting: Rewriting, doing: str, codec: Codec
 ) -> None:
-    """Write every file that the writer lacks (`rewrite_file`)."""
-    for index, leaves in progress(list(enumerate(leaves_by_file(model))), doing):
-        if not writer.has(index):
-            rewrite_file(writer, index, leaves, rewrite, codec)
+    """Write every file that the writer lacks, with its notes, and read back by the codec what has a
+    mark in them.
+
+    The tensors of the next leaves are made meanwhile, and a file is synced and read back while
+    those of the next one are.
+    """
+    files = leaves_by_file(model)
+    lacking = [index for index in range(len(files)) if not writer.has(index)]
+    _rewrite(
+        model, writer, {i: files[i] for i in lacking}, rewriting, codec, progress(lacking, doing)
+    )
 
 
 def rewrite_file(
-    writer: Segments, index: int, leaves: list[str], rewrite: Rewrite, codec: Codec
+    model: Checkpoint, writer: Segments, index: int, rewriting: Rewriting, codec: Codec
 ) -> None:
-    """Write a file with its notes, and read back by the codec what has a mark in them."""
+    """Write one file as `rewrite_files` does."""
+    _rewrite(model, writer, {index: leaves_by_file(model)[index]}, rewriting, codec, [index])
+
+
+def _rewrite(
+    model: Checkpoint,
+    writer: Segments,
+    files: Mapping[int, list[str]],
+    rewriting: Rewriting,
+    codec: Codec,
+    order: Iterable[int],
+) -> None:
+    """order: the numbers of all files, one by one."""
+    from qlab_kernels.buffers import reused
+
+    leaves = [leaf for each in files.values() for leaf in each]
+    with reused(), Ahead() as ahead:
+        made = ahead.in_order(leaves, model.nbytes, rewriting.read, partial(_made, rewriting))
+        ended: Future[None] = ahead.begin(lambda: None)
+        try:
+            for index in order:
+                notes: Notes = {}
+                spool = writer.spooled(index, _tensors(islice(made, len(files[index])), notes))
+                ended.result()
+                ended = ahead.begin(_end, writer, index, spool, notes, codec)
+        finally:
+            ended.result()  # what is done stays, also where the next file cannot be read
+
+
+def _made(rewriting: Rewriting, name: str, leaf: Any) -> tuple[Mapping[str, Tensor], Notes]:
     notes: Notes = {}
-    writer.write_shard(index, _rewritten(leaves, rewrite, notes))
+    return rewriting.rewritten(name, leaf, notes), notes
+
+
+def _tensors(
+    made: Iterator[tuple[Mapping[str, Tensor], Notes]], notes: Notes
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of some leaves. Their notes go into the file's."""
+    for tensors, of_leaf in made:
+        for section, rows in of_leaf.items():
+            notes.setdefault(section, {}).update(rows)
+        yield from tensors.items()
+        del tensors
+
+
+def _end(writer: Segments, index: int, spool: Spool, notes: Notes, codec: Codec) -> None:
+    """Write a file whose tensors are there, and what is reported of it."""
+    writer.write_spool(index, spool)
     refuse_misread(writer.shard(index), notes.pop(MARKS, {}), codec)
     writer.write_notes(index, notes)
-
-
-def _rewritten(leaves: list[str], rewrite: Rewrite, notes: Notes) -> Iterator[tuple[str, Tensor]]:
-    for leaf in leaves:
-        yield from rewrite(leaf, notes).items()

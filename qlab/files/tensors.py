@@ -5,20 +5,22 @@ memory pass through.
 """
 
 import json
-import shutil
-import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qlab.errors import QlabError, Unreadable
+from qlab.files.digests import BLOCK, hasher, said
 from qlab.files.directory import METADATA, Seen, Stored, opened, reading, refuse_another
+
+if TYPE_CHECKING:
+    from qlab_kernels.buffers import Buffers
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -42,7 +44,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BLOCK = 1 << 20
 
 
 def dtype_of(name: str, stored: Stored) -> torch.dtype:
@@ -80,56 +81,45 @@ class OpenFiles:
             refuse_another(path, file, seen)
 
 
-class Buffers:
-    """Memory into which tensors are read, used again where no tensor of it is left: the system
-    takes longer to hand out fresh memory than to read a file into it.
-
-    Up to KEPT buffers wait for their next tensor, of which the largest are kept.
-    """
-
-    KEPT, LEAST = 3, 1 << 20  # LEAST: bytes of a tensor that is worth it
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: list[Tensor] = []
-
-    def empty(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes] of any numbers."""
-        if nbytes < self.LEAST:
-            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        with self._lock:
-            # What comes back meanwhile is appended to the one list or to the other.
-            free, self._free = self._free, []
-            free.sort(key=len)
-            fitting = [i for i, each in enumerate(free) if nbytes <= len(each) <= 2 * nbytes]
-            buffer = free.pop(fitting[0]) if fitting else None
-            self._free += free[-self.KEPT :]
-        if buffer is None:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        lent = buffer.numpy()[:nbytes]  # which a tensor holds as long as it lives
-        weakref.finalize(lent, self._back, buffer).atexit = False
-        return torch.from_numpy(lent)
-
-    def _back(self, buffer: Tensor) -> None:
-        self._free.append(buffer)  # without the lock: the collector may call this inside of it
-
-
 def _close(files: Mapping[Path, IO[bytes]]) -> None:
     for file in files.values():
         file.close()
 
 
 def read(
-    name: str, stored: Stored, files: OpenFiles | None = None, buffers: Buffers | None = None
+    name: str,
+    stored: Stored,
+    files: OpenFiles | None = None,
+    buffers: "Buffers | None" = None,
+    take: Callable[[memoryview], None] | None = None,
 ) -> Tensor:
-    """The tensor itself, in memory of its own. files: those that stay open (None: it is opened for
-    this tensor). buffers: where memory is taken from (None: it is fresh)."""
+    """The tensor itself, in memory of its own.
+
+    Args:
+        name: What it is called, for errors.
+        stored: Where it lies.
+        files: Those that stay open; None: it is opened for this tensor.
+        buffers: Where memory is taken from; None: it is fresh.
+        take: Gets its bytes, part by part, as they are read.
+    """
     dtype, files = dtype_of(name, stored), files or OpenFiles()
-    data = (buffers or Buffers()).empty(stored.nbytes)
+    if buffers is None:
+        data = torch.empty(stored.nbytes, dtype=torch.uint8, device="cpu")
+    else:
+        data = buffers.empty(stored.nbytes)
+    whole, read_bytes = data.numpy().data, 0
+    # what is to be taken is taken in blocks that stay in a core's cache
+    step = BLOCK if take else max(1, stored.nbytes)
     with files.at(stored.file, stored.seen, stored.start) as file:
-        size = file.readinto(data.numpy().data) if stored.nbytes else 0  # type: ignore[attr-defined]
-    if size < stored.nbytes:
-        raise Unreadable(f"{stored.file} became shorter while it was read; download it again")
+        for first in range(0, stored.nbytes, step):
+            part = whole[first : first + step]
+            read_bytes += file.readinto(part)  # type: ignore[attr-defined]
+            if read_bytes < first + len(part):
+                raise Unreadable(
+                    f"{stored.file} became shorter while it was read; download it again"
+                )
+            if take:
+                take(part)
     return data.view(dtype).reshape(stored.shape)
 
 
@@ -150,53 +140,87 @@ def same_bytes(a: Stored, b: Stored) -> bool:
         return all(one.read(size) == other.read(size) for size in sizes)
 
 
-def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """A safetensors file of these tensors, each let go of before the next one is asked for.
+class Spool:
+    """Tensors on their way to a safetensors file.
 
     The header comes first in the file and is known last: data waits in nameless files beside
     `path`. There is one for each width of element, and the widest is joined first, since readers
     view the bytes in place and need them aligned.
     """
-    header: dict[str, dict] = {}
-    with ExitStack() as stack:
-        spools: dict[int, IO[bytes]] = {}
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._header: dict[str, dict[str, Any]] = {}
+        self._files: dict[int, IO[bytes]] = {}
+        self._stack = ExitStack()  # closes them
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor, which is let go of."""
+        if tensor.dtype not in NAMES or name in self._header or name == METADATA:
+            raise QlabError(
+                f"{name} is {tensor.dtype}, which {self.path.name} cannot hold, or occurs twice; "
+                "rename or cast it"
+            )
+        width = tensor.itemsize
+        if width not in self._files:
+            begun = TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+            self._files[width] = self._stack.enter_context(begun)
+        file = self._files[width]
+        self._header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [file.tell()],
+        }
+        if tensor.numel():
+            file.write(bytes_of(tensor))
+        self._header[name]["data_offsets"].append(file.tell())
+
+    def write(self, path: Path) -> str:
+        """Write the file. Returns its hash."""
+        hashed, block = hasher(), memoryview(bytearray(BLOCK))
+        with path.open("wb") as file:
+            text = self._text()
+            hashed.update(text)
+            file.write(text)
+            for width in sorted(self._files, reverse=True):
+                part = self._files[width]
+                part.seek(0)
+                while size := part.readinto(block):  # type: ignore[attr-defined]
+                    hashed.update(block[:size])
+                    file.write(block[:size])
+        return said(hashed)
+
+    def _text(self) -> bytes:
+        """The header and its length, behind which data begins at a multiple of 8 bytes."""
+        begins, begin = {}, 0
+        for width in sorted(self._files, reverse=True):
+            begins[width] = begin
+            begin += self._files[width].tell()
+        header: dict[str, Any] = {METADATA: {"format": "pt"}}
+        for name, entry in sorted(self._header.items()):
+            begin = begins[DTYPES[entry["dtype"]].itemsize]
+            offsets = [begin + offset for offset in entry["data_offsets"]]
+            header[name] = {**entry, "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def close(self) -> None:
+        """Let go of all data."""
+        self._stack.close()
+
+
+def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A safetensors file of these tensors, each let go of before the next one is asked for
+    (`Spool`). Returns the file's hash."""
+    spool = Spool(path)
+    try:
         for name, tensor in tensors:
-            if tensor.dtype not in NAMES or name in header or name == METADATA:
-                raise QlabError(
-                    f"{name} is {tensor.dtype}, which {path.name} cannot hold, or occurs twice; "
-                    "rename or cast it"
-                )
-            data = tensor.detach().cpu().contiguous()
-            spool = spools.get(data.itemsize) or stack.enter_context(TemporaryFile(dir=path.parent))
-            spools[data.itemsize] = spool
-            header[name] = {
-                "dtype": NAMES[data.dtype],
-                "shape": list(data.shape),
-                "data_offsets": [spool.tell()],
-            }
-            if data.numel():
-                spool.write(bytes_of(data))
-            header[name]["data_offsets"].append(spool.tell())
-            del tensor, data
-        begin = 0
-        for width in sorted(spools, reverse=True):
-            for entry in header.values():
-                if DTYPES[entry["dtype"]].itemsize == width:
-                    entry["data_offsets"] = [begin + offset for offset in entry["data_offsets"]]
-            begin += spools[width].tell()
-        _join(path, header, [spools[width] for width in sorted(spools, reverse=True)])
-
-
-def _join(path: Path, header: dict[str, dict], parts: list[IO[bytes]]) -> None:
-    text = json.dumps(
-        {METADATA: {"format": "pt"}} | dict(sorted(header.items())), separators=(",", ":")
-    ).encode()
-    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8 bytes
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for part in parts:
-            part.seek(0)
-            shutil.copyfileobj(part, file, BLOCK)
+            spool.add(name, tensor)
+            del tensor
+        return spool.write(path)
+    finally:
+        spool.close()
 
 
 def refuse_overflow(where: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -63,7 +63,7 @@ class Workplace(ABC):
         """Begin a job, or go on with it.
 
         Args:
-            job: What identifies it; only the same one may resume. Its "source" is the sha256 of
+            job: What identifies it; only the same one may resume. Its "source" is the hash of
                 what it reads, or a fingerprint of that where it is hashed while it is read.
             source: What is hashed while it is read.
         """
@@ -88,8 +88,8 @@ class Workplace(ABC):
         """Whether the source still holds what an earlier run read of it."""
 
     def hashed_job(self) -> Any:
-        """The job as qlab.json records it, with the sha256 of its source."""
-        return self.job if self.source is None else {**self.job, "source": self.source.sha256()}
+        """The job as qlab.json records it, with the hash of its source."""
+        return self.job if self.source is None else {**self.job, "source": self.source.digest()}
 
     def _seems_finished(self) -> bool:
         """Whether there may be nothing to write."""

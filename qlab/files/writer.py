@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from qlab.errors import QlabError, Unwritable
-from qlab.files.atomic import digest_of
 from qlab.files.carry import Carry
+from qlab.files.digests import digest_of
 from qlab.files.directory import INDEX, read_header
 from qlab.files.hashed import HashedFiles
 from qlab.files.offload import states_of

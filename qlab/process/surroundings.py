@@ -202,6 +202,25 @@ def environment(name: str, value: str) -> Iterator[None]:
         os.environ |= {} if before is None else {name: before}
 
 
+_counting = threading.Lock()
+
+
+def by_itself() -> None:
+    """Let torch's operations of this thread, which has just begun, run in it alone. Several such
+    threads fill the processor, and a team of each would wait for work on the others' time."""
+
+    def set_to(count: int) -> None:
+        torch.set_num_threads(count)
+
+    with _counting:
+        before = torch.get_num_threads()
+        set_to(1)
+        # torch takes it for the number of threads that begin later, too
+        later = threading.Thread(target=set_to, args=(before,))
+        later.start()
+        later.join()
+
+
 @contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
     """torch's own generators start from a seed, and have their states back behind it."""

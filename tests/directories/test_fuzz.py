@@ -167,7 +167,7 @@ def test_any_quantization_config_at_all(value, formats, tmp_path_factory):
 @pytest.mark.parametrize("section", ["sites", "certificates", "changed", "job", "bits_per_weight"])
 def test_any_value_in_the_record(section, copied, saved):
     site = "model.layers.0.mlp.up_proj"
-    keys = ("spec", "shape", "weight_error", "tokens", "loss", "sha256", "bits_per_weight")
+    keys = ("spec", "shape", "weight_error", "tokens", "loss", "hash", "bits_per_weight")
     row = st.fixed_dictionaries({}, optional=dict.fromkeys(keys, JSON))
 
     @given(value=JSON | st.dictionaries(st.sampled_from([site, "other"]), JSON | row, max_size=2))

@@ -117,7 +117,7 @@ def test_a_tensor_too_many_and_a_certificate_without_its_weight(copy, original):
     save_file(load_file(file) | {"stray": torch.ones(1)}, file)
     assert verify(copy, original).faults == ["stray is not in the reference"]
     record = json.loads((copy / "qlab.json").read_text())
-    record["certificates"]["model.layers.9.mlp.up_proj"] = {"sha256": "", "weight_error": 0.1}
+    record["certificates"]["model.layers.9.mlp.up_proj"] = {"hash": "", "weight_error": 0.1}
     (copy / "qlab.json").write_text(json.dumps(record))
     assert "the certified model.layers.9.mlp.up_proj is missing" in verify(copy, original).faults
 
@@ -125,7 +125,7 @@ def test_a_tensor_too_many_and_a_certificate_without_its_weight(copy, original):
 @pytest.mark.parametrize(
     "edit_of, words",
     [
-        (lambda row: row.update(sha256="0" * 64), "are not the certified ones"),
+        (lambda row: row.update(hash="blake3:" + "0" * 64), "are not the certified ones"),
         (
             lambda row: row.update(weight_error=1.001 * row["weight_error"]),
             "its weight error against the reference is",

@@ -11,10 +11,9 @@ import qlab
 from qlab.codecs import CODECS
 from qlab.driver import quantize as driver
 from qlab.driver import run
-from qlab.files import segments
 from qlab.files.checkpoint import open_checkpoint
 from qlab.files.directory import read_header
-from qlab.files.tensors import write
+from qlab.files.tensors import Spool, write
 from qlab.methods.inputs import quantize_inputs
 
 ASYMMETRIC = qlab.parse_spec("int4-g32", symmetric=False)
@@ -249,15 +248,18 @@ def two_weights(tmp_path):
 def test_a_file_that_is_not_what_was_packed_is_refused(
     fault, refusal, two_weights, tmp_path, monkeypatch
 ):
-    """Also where the damage begins between the packing and the hash that qlab.json holds."""
+    """Also where the damage begins between the packing and the file."""
 
-    def damaged(path, tensors):
-        write(path, tensors)
+    real = Spool.write
+
+    def damaged(spool, path):
+        digest = real(spool, path)
         stored, data = read_header(path), bytearray(path.read_bytes())
         fault(data, stored["one.weight_packed"], stored["other.weight_packed"])
         path.write_bytes(data)
+        return digest
 
-    monkeypatch.setattr(segments, "write", damaged)
+    monkeypatch.setattr(Spool, "write", damaged)
     recipe, out = qlab.rtn(qlab.parse_spec("int4-g128")), tmp_path / "out"
     refused(lambda: qlab.quantize_files(two_weights, recipe, out), refusal)
     assert not out.exists() and not list(tmp_path.glob("out*/*.safetensors"))

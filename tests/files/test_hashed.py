@@ -1,7 +1,6 @@
 """Files are hashed while they are read: whatever the order, the hash is the same, no byte is read
 for it that was read in its turn, and a resumed run goes on only with what it began with."""
 
-import hashlib
 import json
 import random
 import shutil
@@ -16,12 +15,12 @@ from qlab.driver.quantize import quantize
 from qlab.errors import QlabError
 from qlab.files import hashed
 from qlab.files.checkpoint import open_checkpoint
+from qlab.files.digests import KINDS, said
 from qlab.files.hashed import HashedFiles
-from qlab.files.tensors import Buffers
 from qlab.files.writer import Writer
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
-from qlab.process.later import Later
+from qlab_kernels.buffers import Buffers
 
 SPEC = parse_spec("int4-g16")
 FIRST, SECOND = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
@@ -54,14 +53,16 @@ def headers(model):
 @pytest.mark.parametrize("seed", range(5))
 def test_in_any_order_the_hash_is_that_of_the_files(seed, saved):
     model = open_checkpoint(saved("llama", shard_size="100KB", num_hidden_layers=3))
-    digest = hashlib.sha256((model.path / "config.json").read_bytes())
+    digests = {kind: of((model.path / "config.json").read_bytes()) for kind, of in KINDS.items()}
     for file in sorted(model.path.glob("*.safetensors")):
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+        for kind, digest in digests.items():
+            digest.update(KINDS[kind](file.read_bytes()).digest())
     source, names = HashedFiles(model.path, model.stored), list(model.stored)
     random.Random(seed).shuffle(names)
     for name in names[seed:]:
         source.read(name, model.stored[name])
-    assert source.sha256() == model.sha256() == digest.hexdigest()
+    assert source.digest() == said(digests["blake3"])
+    assert model.sha256() == said(digests["sha256"])
     assert HashedFiles(model.path, model.stored).agrees([source.proof()])
 
 
@@ -70,7 +71,7 @@ def test_reading_in_the_order_of_the_files_reads_nothing_for_the_hash(saved, rea
     source = HashedFiles(model.path, model.stored)
     for name in sorted(model.stored, key=model.place):
         source.read(name, model.stored[name])
-    source.sha256()
+    source.digest()
     assert readings.pop("") == headers(model) and set(readings.values()) == {1}
 
 
@@ -90,7 +91,10 @@ def test_quantizing_reads_and_hashes_every_weight_once(method, saved, tmp_path, 
         "model.norm.weight": 4,
     }
     record = json.loads((out / "qlab.json").read_text())
-    assert record["job"]["source"] == model.sha256() and len(record["certificates"]) == 21
+    assert (
+        record["job"]["source"] == HashedFiles(folder, model.stored).digest()
+        and len(record["certificates"]) == 21
+    )
     assert all("weight_error" in row for row in record["certificates"].values())
 
 
@@ -144,30 +148,6 @@ def test_a_copy_of_the_model_is_the_same_job(stopped, tmp_path):
     quantize(open_checkpoint(copied), rtn(SPEC), None, out, resume=True)
     whole = quantize(open_checkpoint(model), rtn(SPEC), None, tmp_path / "whole").path
     assert contents(out) == contents(whole)
-
-
-class OnlyWhenAskedFor(Later):
-    """A thread that has not come to its work before somebody waits for it."""
-
-    def __init__(self, fn, *args):
-        self.work = lambda: fn(*args)
-
-    def result(self):
-        return self.work()
-
-
-@pytest.mark.parametrize("thread", [Later, OnlyWhenAskedFor])
-def test_a_hash_behind_the_caller_is_that_of_all_parts(thread, monkeypatch):
-    monkeypatch.setattr(hashed, "Later", thread)
-    sizes = [3, hashed.BESIDE, 5, 4 * hashed.BESIDE, hashed.BESIDE, 0]
-    parts = [bytes([i]) * size for i, size in enumerate(sizes)]
-    behind = hashed.Behind()
-    for part in parts:
-        behind.update(part)
-    for _ in range(2):
-        assert behind.hexdigest() == hashlib.sha256(b"".join(parts)).hexdigest()
-    behind.update(parts[1])
-    assert behind.hexdigest() == hashlib.sha256(b"".join([*parts, parts[1]])).hexdigest()
 
 
 def test_a_buffer_is_used_again_once_no_tensor_of_it_is_left():

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 
 from qlab.algebra.spec import parse_spec, with_scale_dtype
 from qlab.codecs import CODECS
+from qlab.files.digests import BLOCK
 from qlab.files.directory import read_header
 from qlab.files.readback import PAGE, _mark_in_file, mark, refuse_misread
-from qlab.files.tensors import BLOCK, write
+from qlab.files.tensors import write
 from qlab.methods.grid import encode, minmax
 
 CODEC = CODECS["compressed-tensors"]
