@@ -158,7 +158,7 @@ MUTANTS = [
     Mutant(
         "a site-wise step sees all weights",
         "algebra/claims.py",
-        "shown",
+        "hiding",
         "if not hidden: ...",
         "if True: ...",
         "results_of_steps",
