@@ -45,10 +45,8 @@ ROUNDED = [
     ("llama", "turned W4A8-g32", {}),
     ("llama", "NVFP4", {}),
     ("qwen2", "W8A8_STATIC", {}),
-    ("phi3", "MXFP8", {}),
     ("mixtral", "FP8_DYNAMIC", {}),
     ("qwen3_moe", "W4A8-g16", {}),
-    ("deepseek_v3", "W8A8", {}),
 ]
 A_CODE = 0.05  # of the log-probabilities here, at most
 TRIPLES = [("llama", "int4-g16-asym", THREE), ("qwen2", None, THREE | {"vocab_size": 131})]
@@ -131,12 +129,19 @@ def test_ranks_reply_as_one_process_does(made, tmp_path, world, cases):
     assert held[1] <= (1 / world + 0.1) * whole[1] and held[3] * world == whole[3]
 
 
+def likeliest(rank, paths):
+    found = []
+    for path in paths:
+        with qlab.pipeline(path, dtype=torch.float32) as pipe:
+            found.append(pipe(PROMPTS[:3], temperature=0, max_tokens=5, logprobs=2))
+    return found
+
+
 def test_inputs_are_rounded_as_in_one_process(made, tmp_path):
     paths = [made(*case) for case in ROUNDED]
-    alone = [answers(path)[0][0] for path in paths]
-    first, _ = run_ranks(tmp_path, 2, all_answers, paths)
+    alone, (first, _) = likeliest(0, paths), run_ranks(tmp_path, 2, likeliest, paths)
     for case, ones, severals in zip(ROUNDED, alone, first):
-        for one, several in zip(ones, severals[0][0], strict=True):
+        for one, several in zip(ones, severals, strict=True):
             for x, y in zip(one.drawn, several.drawn):
                 if x.token != y.token:  # as likely, but for a code
                     (_, most), (_, next_best) = x.likeliest
