@@ -1,6 +1,5 @@
 """The pass over the blocks, in order: what goes through them, and every block as jobs solve it."""
 
-import ctypes
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from qlab.model.calls import Call
 from qlab.model.loading import drop_outside, load_outside
 from qlab.model.skeleton import Skeleton
 from qlab.process.progress import progress
+from qlab.process.surroundings import return_freed_memory
 
 
 class Keeper(Protocol):
@@ -95,7 +95,7 @@ def begin(
         reached = Reached(skeleton, calls, [reference for (reference,) in carries], ranks)
     if carries and numbers:
         refuse_unseen([carry.path for carry in carries[0 if reached else numbers[0]]], ranks)
-    _return_freed_memory()
+    return_freed_memory(from_now_on=any(job.offload is not None for job in jobs))
     return Scan(
         skeleton=skeleton,
         solvers=solvers,
@@ -168,11 +168,3 @@ def _tokens(call: Call) -> int:
 
 def _no_batches() -> Iterator[Batch]:
     return iter(())
-
-
-def _return_freed_memory() -> None:
-    """Give freed memory back to the system: glibc keeps what tokenizing, tracing and the embedding
-    leave, a tenth of the peak of a small model. Other C libraries have no such call."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

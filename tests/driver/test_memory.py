@@ -102,10 +102,11 @@ def test_a_plan_knows_that_a_matrix_less_is_in_memory_with_offload(windows, tmp_
     assert held[0] - held[1] == square and plain["statistics"] - square == away["statistics"]
 
 
-def test_with_offload_a_matrix_less_is_held_and_the_plan_says_so(exact_job, tmp_path):
+def test_with_offload_a_matrix_less_is_held_and_the_plan_says_so(exact_job, job, tmp_path):
+    """With it freed memory goes back to the system in every process."""
     path, square = llama(tmp_path / "model", 512, 4096, 1, torch.bfloat16), 4 * 4096**2
     plain = measure(exact_job, path, "gptq without sweeps", 17)  # two batches
-    away = measure(exact_job, path, "gptq without sweeps", 17, offload=tmp_path / "off")
+    away = measure(job, path, "gptq without sweeps", 17, offload=tmp_path / "off")
     for seen in (plain, away):
         assert abs(seen["predicted"] / seen["peak"] - 1) < 0.15, seen
     assert plain["peak"] - away["peak"] > square / 2, (plain, away)
