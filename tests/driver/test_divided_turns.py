@@ -86,7 +86,7 @@ def test_ranks_search_for_some_scales_each_and_write_the_bytes_of_one_process(
     cases = [
         (llama, "awq-gptq", "reference"),
         (mixture, "awq", "quantized"),
-        (llama, "smoothed", "quantized"),
+        (saved("llama"), "smoothed", "quantized"),  # in front of its first block nothing drifts
     ]
     alone = dict(zip(cases, searching(0, cases, tmp_path / "alone")))
     for world, some in ((2, cases[:2]), (3, cases[2:])):
