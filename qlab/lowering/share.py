@@ -130,14 +130,15 @@ def of_channels(leaf: QTensor, perm: Tensor, spans: Spans) -> tuple[QTensor, Ten
     leaf, k = by_rows(leaf), leaf.shape[-1]
     cols = leaf.spec.tile.cols or k
     size = min(cols, FULL)
-    mine = torch.cat([torch.arange(start, stop) for start, stop in spans])
-    place_k = torch.full((k,), -1).index_copy(0, mine, torch.arange(len(mine)))[perm.cpu()]
+    every_k = torch.arange(k, dtype=torch.int64)
+    mine = torch.cat([every_k[start:stop] for start, stop in spans])
+    place_k = torch.full_like(every_k, -1).index_copy(0, mine, every_k[: len(mine)])[perm.cpu()]
     columns, groups = [], []
     for group, places in enumerate(place_k.split(cols)):
         own = cols * group + (places >= 0).nonzero()[:, 0]
         columns.append(torch.nn.functional.pad(own, (0, -len(own) % size), value=-1))
         groups += [group] * (len(columns[-1]) // size)
-    column_j, group_g = torch.cat(columns), torch.tensor(groups)
+    column_j, group_g = torch.cat(columns), torch.tensor(groups, dtype=torch.int64)
     is_filled, column_j = column_j < 0, column_j.clamp_min(0)
     zeros = None if leaf.zeros is None else leaf.zeros[:, group_g]
     empty = torch.zeros((), dtype=torch.int8) if zeros is None else zeros.repeat_interleave(size, 1)
