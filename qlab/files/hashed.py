@@ -20,7 +20,6 @@ from qlab.files.digests import BLOCK, hasher, said
 from qlab.files.directory import CONFIG, Seen, Stored, opened
 from qlab.files.tensors import OpenFiles, bytes_of, read
 
-KEPT = 8  # buffers of tensors, about those of a block
 SAMPLE = 4096  # bytes of every tensor in a fingerprint
 
 
@@ -54,7 +53,7 @@ class HashedFiles:
         from qlab_kernels.buffers import Buffers
 
         self.folder, self.stored = folder, stored
-        self._files, self._buffers = OpenFiles(), Buffers(KEPT)
+        self._files, self._buffers = OpenFiles(), Buffers()
         self._lock = threading.Lock()  # proofs are written while the next tensors are read
         self._hashed = self._nothing_hashed()
         self._early: dict[str, str] = {}  # tensor that was read before its turn -> hash
