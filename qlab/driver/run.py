@@ -112,6 +112,8 @@ def write_outside(skeleton: Skeleton, run: Run) -> None:
 
 def write_solved(skeleton: Skeleton, run: Run, block: Solved, call: Call) -> None:
     """Write the shard and the notes of a block, and read the shard back."""
+    from qlab_kernels.buffers import reused
+
     before, after, number = block.before, in_frame(block.after), block.index + 1
     around, left = held(after, run.codec)
     refuse_unwritten(skeleton, before, left)
@@ -121,7 +123,8 @@ def write_solved(skeleton: Skeleton, run: Run, block: Solved, call: Call) -> Non
     tensors, rows = encoded(skeleton, around, run.codec)
     tensors = {**encode(leaves, run.codec, online), **tensors}
     run.writer.write_shard(number, tensors.items())
-    refuse_misread(run.writer.shard(number), leaves, run.codec, online)
+    with reused():
+        refuse_misread(run.writer.shard(number), leaves, run.codec, online)
     notes: dict[str, Mapping[str, Any]] = {
         "sites": site_rows(after),
         "certificates": certificates(

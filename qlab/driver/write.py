@@ -283,10 +283,8 @@ def _one_pass(
     skeleton: Skeleton, runs: Sequence[Run], keeping: Keeping | None
 ) -> tuple[float, int]:
     """One pass over the model for all runs, none of which is finished: seconds and peak memory."""
-    from qlab_kernels.buffers import reused
-
     started = time.perf_counter()
-    with PeakMemory() as peak, reused():
+    with PeakMemory() as peak:
         if runs:
             jobs = [run.job for run in runs]
             shelved = None if keeping is None else keeping.of(jobs, skeleton, runs[0].ranks)
