@@ -31,9 +31,9 @@ class Buffers:
         if nbytes < self.LEAST:
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         with self._lock:
-            # What comes back meanwhile is appended to the one list or to the other.
-            free, self._free = self._free, []
-            free.sort(key=len)
+            # What comes back meanwhile is appended to one of the lists, of which the older is left.
+            waiting, self._free = self._free, []
+            free = sorted(waiting, key=len)
             fitting = [i for i, each in enumerate(free) if nbytes <= len(each) <= 2 * nbytes]
             buffer = free.pop(fitting[0]) if fitting else None
             self._free += free[-self._kept :]

@@ -59,9 +59,10 @@ Grid fit(const Problem& p, const float* x) {
   return {scale == 0 ? p.epsilon : scale, zero};
 }
 
-// The nearest e4m3 of a number between -448 and 448.
+// The nearest e4m3 of a number between -448 and 448, or of NaN.
 INLINE uint8_t to_e4m3(float value) {
   const uint32_t bits = bits_of(value), size = bits & 0x7fffffff, sign = bits >> 24 & 0x80;
+  if (size > 0x7f800000) return sign | 0x7f;
   if (size < 0x3c800000) return sign | (bits_of(from_bits(size) + 16384.0f) & 0xff);  // subnormal: units of 2^-9
   return sign | (size - 0x3c000000 + 0x7ffff + (size >> 20 & 1)) >> 20;
 }

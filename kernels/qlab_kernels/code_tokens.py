@@ -73,7 +73,7 @@ def code(
     """Tokens that the kernel takes as codes, and where no scales [1 or heads] are given those of
     the tokens, and their zero points if they have any."""
     fixed_s, fixed_z = (
-        x_nk.new_empty(0, dtype=torch.float32) if t is None else t.flatten().float()
+        x_nk.new_empty(0, dtype=torch.float32) if t is None else t.flatten().float().contiguous()
         for t in (scales, zeros)
     )
     codes, made_s, made_z = OPERATOR(

@@ -38,6 +38,7 @@ OPTIONS = (
 MACHINES = ("x86_64", "AMD64")
 SECONDS = 300  # a compiler that takes longer is stopped
 _lock = threading.Lock()
+_opened: dict[Path, "ctypes.CDLL | Uncompiled"] = {}  # by their sources
 _registered: dict[Path, str | None] = {}  # source -> why it gave torch no operators, or None
 
 
@@ -63,6 +64,17 @@ def library(source: Path) -> ctypes.CDLL:
         raise Uncompiled(
             f"neither {cache.folder()} nor {tempfile.gettempdir()} takes files that can be loaded"
         ) from error
+
+
+def opened(source: Path) -> ctypes.CDLL | Uncompiled:
+    """The library of a source, or why there is none, found out once in a process."""
+    with _lock:
+        if source not in _opened:
+            try:
+                _opened[source] = library(source)
+            except Uncompiled as error:
+                _opened[source] = error
+        return _opened[source]
 
 
 def registered(source: Path) -> str | None:

@@ -5,21 +5,18 @@ token hangs on the rounding of a sum. So its tokens are the reference's.
 """
 
 import ctypes
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qlab_kernels.compiled import Uncompiled, library
+from qlab_kernels.compiled import Uncompiled, opened
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPES = (torch.float32, torch.bfloat16)  # of logits
 PATHS = ("best", "portable", "avx2", "avx512")  # the best is the last one that the processor runs
 UNSURE, OUTSIDE = -1, -2  # what stands in the place of a token
-_lock = threading.Lock()
-_loaded: list[ctypes.CDLL | Uncompiled] = []  # the library, or why there is none; filled once
 
 
 class Row(ctypes.Structure):
@@ -59,23 +56,13 @@ class Row(ctypes.Structure):
 
 def why_not() -> str | None:
     """Load the kernel. Why there is none, or None."""
-    found = _library()
+    found = opened(SOURCE)
     return str(found) if isinstance(found, Uncompiled) else None
-
-
-def _library() -> ctypes.CDLL | Uncompiled:
-    with _lock:
-        if not _loaded:
-            try:
-                _loaded.append(library(SOURCE))
-            except Uncompiled as error:
-                _loaded.append(error)
-    return _loaded[0]
 
 
 def supported() -> tuple[str, ...]:
     """The paths that this processor runs, from the slowest to the fastest."""
-    loaded = _library()
+    loaded = opened(SOURCE)
     return () if isinstance(loaded, Uncompiled) else PATHS[1 : loaded.qlab_best_path() + 1]
 
 
@@ -87,7 +74,7 @@ def takes(logits_bv: Tensor) -> bool:
 
 def draw(rows: Sequence[Row], v: int, path: str = "best") -> list[Row]:
     """The rows of v logits, filled in. path: one of `supported()`, or the best."""
-    loaded = _library()
+    loaded = opened(SOURCE)
     if isinstance(loaded, Uncompiled):
         raise loaded
     table = (Row * len(rows))(*rows)

@@ -8,7 +8,6 @@ And codes of 4 or 8 bits as bytes: code + 2^(bits-1), two of 4 bits in a byte, t
 """
 
 import ctypes
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +15,11 @@ import torch
 from torch import Tensor
 
 from qlab_kernels.buffers import empty
-from qlab_kernels.compiled import Uncompiled, library
+from qlab_kernels.compiled import Uncompiled, opened
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights and scales
 PATHS = ("best", "portable", "avx2", "avx512")  # the best is the last one that the processor runs
-_lock = threading.Lock()
-_loaded: list[ctypes.CDLL | Uncompiled] = []  # the library, or why there is none; filled once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +60,13 @@ class _Stream(ctypes.Structure):
 
 def why_not() -> str | None:
     """Load the kernel. Why there is none, or None."""
-    found = _library()
+    found = opened(SOURCE)
     return str(found) if isinstance(found, Uncompiled) else None
-
-
-def _library() -> ctypes.CDLL | Uncompiled:
-    with _lock:
-        if not _loaded:
-            try:
-                _loaded.append(library(SOURCE))
-            except Uncompiled as error:
-                _loaded.append(error)
-    return _loaded[0]
 
 
 def supported() -> tuple[str, ...]:
     """The paths that this processor runs, from the slowest to the fastest."""
-    loaded = _library()
+    loaded = opened(SOURCE)
     return () if isinstance(loaded, Uncompiled) else PATHS[1 : loaded.qlab_best_path() + 1]
 
 
@@ -164,7 +151,7 @@ def _problem(W_ok: Tensor, made: Rounded, rows: int) -> _Problem:
 def _call(name: str, problem: ctypes.Structure, path: str, *more: int) -> int:
     """What a function of the library says of a problem. Uncompiled where there is none. more: its
     other arguments."""
-    loaded = _library()
+    loaded = opened(SOURCE)
     if isinstance(loaded, Uncompiled):
         raise loaded
     number = PATHS.index(path) or loaded.qlab_best_path()

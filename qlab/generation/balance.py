@@ -20,7 +20,7 @@ SHARE = 0.2  # of a second moment that is shrunk to a multiple of I, for it come
 
 
 def balance(k_nd: Tensor, q_nd: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, M^-T) [d, d] in fp32, of keys and queries that meet each other's products, in rows."""
+    """(M, M^-T) [d, d] in fp32. The rows are keys and queries of heads that are multiplied."""
     K, Q = _moment(k_nd), _moment(q_nd)
     root, inverse = _power(K, 0.5), _power(K, -0.5)
     A = root @ Q @ root
@@ -28,8 +28,8 @@ def balance(k_nd: Tensor, q_nd: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moment(x_nd: Tensor) -> Tensor:
-    """The second moment [d, d] in fp64 over its mean on the diagonal, shrunk to I; I where that is
-    0 or not finite."""
+    """The second moment [d, d] in fp64, divided by the mean of its diagonal and shrunk to I; I
+    where that mean is 0 or not finite."""
     S = x_nd.double().mT @ x_nd.double() / len(x_nd)
     mean = S.diagonal().mean()
     eye = torch.eye(len(S), dtype=S.dtype, device=S.device)

@@ -11,12 +11,12 @@
            cache specs too, such as int8-head or int4-g32
 
 R and S are Hadamard matrices of random signs, M is what makes rounded keys cost scores least
-(`qlab.generation.balance`), c is the mean of keys, and of all ranges of keys, and
-of values, the share is used that loses least (`rotate_scores`, `centre_keys`, `kv_clipped`; one
-share for all blocks, so that these stay of equal structure). Without rounding nothing of
-that changes the function. Keys whose attention caps its scores or has sinks beside them are not
-centred. Scales are fp16 of the first four (8 bits of bf16 would cost a quarter of a step of int8),
-and fp32 of KV_... as elsewhere.
+(`qlab.generation.balance`), and c is the mean of keys. Of the ranges of all keys the share is used
+that loses least, and so of those of all values: one share for all blocks, so that these stay of
+equal structure (`rotate_scores`, `centre_keys`, `kv_clipped`). Without rounding nothing of that
+changes the function. Keys whose attention caps its scores or has sinks beside them are not centred.
+Scales are fp16 of the first four (8 bits of bf16 would cost a quarter of a step of int8), and fp32
+of KV_... as elsewhere.
 """
 
 from collections.abc import Callable, Mapping, Sequence

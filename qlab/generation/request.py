@@ -47,22 +47,23 @@ class Request:
     shift: int = 0
 
     def __post_init__(self) -> None:
-        self._all = array("q", self.prompt)  # which a kernel reads in place
+        # arrays, which a kernel of draws reads in place
+        self._prompt, self._new = array("q", self.prompt), array("q")
 
     @property
     def new(self) -> list[int]:
         """The new token ids."""
-        return self._all[len(self.prompt) :].tolist()
+        return self._new.tolist()
 
     @property
     def tokens(self) -> list[int]:
         """All token ids."""
-        return self._all.tolist()
+        return self.prompt + self.new
 
     @property
     def last(self) -> int:
         """The last token id."""
-        return self._all[-1]
+        return (self._new or self._prompt)[-1]
 
     @property
     def shared(self) -> list[int]:
@@ -72,11 +73,11 @@ class Request:
 
     @property
     def drawing(self) -> Drawing:
-        """What the draw of its next token depends on."""
+        """What the draw of its next token depends on, until that is accepted."""
         return Drawing(
             sampling=self.sampling,
-            prompt=self._all[: len(self.prompt)],
-            new=self._all[len(self.prompt) :],
+            prompt=self._prompt,
+            new=self._new,
             seed=self.seed,
             word=self.word,
         )
@@ -85,7 +86,7 @@ class Request:
         """What the schedule has to know."""
         return Place(
             request=self.number,
-            length=len(self._all),
+            length=len(self._prompt) + len(self._new),
             done=self.done,
             pages=len(self.pages),
             alone=alone,
@@ -107,7 +108,7 @@ class Request:
     def accept(self, drawn: Drawn) -> None:
         """Take the next token, and end where it says so."""
         self.drawn.append(drawn)
-        self._all.append(drawn.token)
+        self._new.append(drawn.token)
         is_whole = self.word is not None and self.word.accept(drawn.token)
         if self.told(drawn) or is_whole or drawn.token in self.sampling.stop_ids:
             self.finish = STOP

@@ -1,5 +1,7 @@
 """Keys and values as codes by the kernel of a CPU: bit for bit those of torch."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,6 +67,12 @@ def written(rounding, x):
     return Coder(nn.ModuleList([RoundedInput(rounding, CPU)]), x.shape[-1]).written(x)
 
 
+def written_by_torch(rounding, x):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coded_tokens, "why_not", lambda: "there is none")
+        return written(rounding, x)
+
+
 def same_bits(a, b):
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
@@ -73,10 +81,7 @@ def same_bits(a, b):
 @given(cases())
 def test_codes_scales_and_zero_points_are_those_of_torch(case):
     x, rounding = case
-    made = written(rounding, x)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coded_tokens, "why_not", lambda: "there is none")
-        expected = written(rounding, x)
+    made, expected = written(rounding, x), written_by_torch(rounding, x)
     assert len(made) == len(expected) and all(map(same_bits, made, expected))
 
 
@@ -90,6 +95,15 @@ def test_the_kernel_is_what_codes(monkeypatch):
     written(QuantizeInput(Int(4, Tile(1, 8), symmetric=False)), x)
     with pytest.raises(AssertionError, match="by torch"):  # what wants a gradient
         written(QuantizeInput(Int(4, Tile(1, 8))), x.requires_grad_())
+
+
+def test_8_bit_floats_tell_what_is_no_number():
+    x = torch.tensor([1, math.nan, 3, math.inf], dtype=torch.float32).view(1, 2, 1, 2)
+    scales = torch.tensor([[1, 8], [0.5, 8]], dtype=torch.float32)[:, 0][None]  # not side by side
+    rounding = QuantizeInput(Float(4, 3, Tile(None, 2)), scales)
+    [made], [expected] = written(rounding, x), written_by_torch(rounding, x)
+    assert same_bits(made, expected)
+    assert made.view(torch.float8_e4m3fn).isnan().flatten().tolist() == [False, True, False, False]
 
 
 def test_codes_do_not_depend_on_threads():

@@ -82,8 +82,8 @@ def is_plain(*tensors: Tensor) -> bool:
 
 
 def _is_recorded() -> bool:
-    """Whether this thread records what it runs. A graph is not asked: it would look at it each time
-    that it is called, at what torch then says of all threads."""
+    """Whether this thread records what it runs. Dynamo does not ask: its graph would look at the
+    answer whenever it is called, which torch then gives for all threads."""
     return not torch.compiler.is_dynamo_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
