@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlab_kernels.capability import KernelError
 from qlab_kernels.compiled import registered
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -76,6 +77,8 @@ def code(
         x_nk.new_empty(0, dtype=torch.float32) if t is None else t.flatten().float().contiguous()
         for t in (scales, zeros)
     )
+    if len(fixed_s) not in (0, 1, coding.heads):
+        raise KernelError(f"{len(fixed_s)} scales are neither one nor {coding.heads}, as heads are")
     codes, made_s, made_z = OPERATOR(
         x_nk.contiguous(),
         fixed_s,

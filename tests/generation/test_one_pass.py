@@ -67,6 +67,15 @@ def test_the_token_is_the_references(samplings, size, scale, step, dtype, seed):
         assert all(token in (None, reference) for token, reference in pairs)
 
 
+def test_many_tokens_that_are_unlikely_come_as_often_as_one_that_is_likely():
+    size, bits = 2**18, 18
+    x = torch.full((1, size), -bits * math.log(2), dtype=torch.float32)
+    x[0, 0] = 0
+    asked = drawings([Sampling()] * 12, size)
+    found = one_pass.tokens(x.expand(12, -1), asked)
+    assert found == in_torch(x.expand(12, -1), asked) and 3 < found.count(0) < 9
+
+
 @pytest.mark.parametrize("path", kernel.supported())
 @pytest.mark.parametrize("fields", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.05}])
 def test_the_reference_is_hardly_ever_asked(path, fields):

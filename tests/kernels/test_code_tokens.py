@@ -14,6 +14,7 @@ from qlab.algebra.tile import Tile
 from qlab.lowering.around import coded_tokens
 from qlab.lowering.around.coded_tokens import Coder
 from qlab.lowering.around.inputs import RoundedInput
+from qlab_kernels.capability import KernelError
 from qlab_kernels.code_tokens import DTYPES, OPERATOR, why_not
 
 SIZES = st.sampled_from([(1, 7), (2, 8), (3, 64), (4, 33), (1, 96)])  # heads, channels of one
@@ -104,6 +105,15 @@ def test_8_bit_floats_tell_what_is_no_number():
     [made], [expected] = written(rounding, x), written_by_torch(rounding, x)
     assert same_bits(made, expected)
     assert made.view(torch.float8_e4m3fn).isnan().flatten().tolist() == [False, True, False, False]
+
+
+def test_scales_of_another_number_of_heads_are_refused():
+    scales = torch.ones(1, 3, dtype=torch.float32)
+    with pytest.raises(KernelError, match="3 scales are neither one nor 2, as heads are"):
+        written(
+            QuantizeInput(Float(4, 3, Tile(None, 2)), scales),
+            torch.ones((1, 2, 1, 2), dtype=torch.float32),
+        )
 
 
 def test_codes_do_not_depend_on_threads():
