@@ -22,6 +22,7 @@ from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Need, Stats, name_of, named
 from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import WholeBlock
+from qlab.algebra.windows import Schedule
 from qlab.errors import QlabError
 
 BLOCK_IO = "block_io"  # a step that needs it sees the samples of a whole block
@@ -172,7 +173,7 @@ def each_block(
     detail: str = "",
     visits: int = 0,
     leaves: str = "",
-    by_weight: bool = False,
+    by_weight: Schedule | None = None,
 ) -> Transform:
     """A method from a function of one whole block: fn(block) -> leaves, or (leaves, notes).
 
@@ -191,9 +192,9 @@ def each_block(
         visits: how many windows fn runs forward and backward, for the estimate of time.
         leaves: what it puts that is neither a tensor nor codes, as of `qlab.each_cell`: no format
             holds such a leaf, so a plan refuses to write the recipe.
-        by_weight: whether fn makes each weight of its site alone and of gradients that
-            `qlab.algebra.learn` adds up. Several ranks may have some sites each then, where no
-            rank has room for the whole block.
+        by_weight: the schedule with which fn calls `qlab.algebra.learn.learn`, where it makes each
+            weight of its site alone and of the gradients that are added up there. Several ranks may
+            have some sites each then, where no rank has room for the whole block.
 
     Returns:
         A transform of one stage. It needs calibration data.

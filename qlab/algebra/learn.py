@@ -13,10 +13,7 @@ from torch import Tensor
 from qlab.algebra.block import Block
 from qlab.algebra.measured import DIVERGED
 from qlab.algebra.qtensor import QTensor
-
-LOOKS = 8  # how often the loss over all windows is looked at, at most
-BACKWARD = 3  # a window forward and backward takes as long as so many forward
-OF_STEPS = 0.5  # what looks may take of the time of steps; the last step is looked at always
+from qlab.algebra.windows import DRAWING, Schedule
 
 
 @dataclass(frozen=True)
@@ -26,14 +23,6 @@ class Version:
 
     weights: Mapping[str, Tensor]
     leaves: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """steps: how many steps are taken. windows: how many windows a step sees, drawn at random."""
-
-    steps: int
-    windows: int
 
 
 def learn(
@@ -58,19 +47,17 @@ def learn(
         schedule: how long.
     """
     every = range(block.count)
-    drawn = block.generator("windows of learning")
+    drawn = schedule.drawn(block.count, block.generator(DRAWING))
     best, kept_at = version().leaves, 0
     before = least = _loss(block, best, every)
     notes: dict[str, Any] = {}
-    apart = math.ceil(schedule.steps / _looks(schedule, block.count))
-    for t in range(schedule.steps):
-        indices = torch.randperm(block.count, generator=drawn)[: schedule.windows].tolist()
+    looks = schedule.looks(block.count)
+    for t, indices in enumerate(drawn):
         if not math.isfinite(_add_gradients(block, version().weights, indices)):
             notes[DIVERGED] = t
             break
         update(1 - t / schedule.steps)
-        last = t + 1 == schedule.steps
-        if last or (t + 1) % apart == 0:
+        if t in looks:
             with torch.no_grad():
                 leaves = version().leaves
             loss = _loss(block, leaves, every)
@@ -78,12 +65,6 @@ def learn(
                 best, least, kept_at = leaves, loss, t + 1
     notes |= {"block_loss_before": before, "block_loss": least, "kept_step": kept_at}
     return best, {name: value for name, value in notes.items() if math.isfinite(value)}
-
-
-def _looks(schedule: Schedule, count: int) -> int:
-    """How often the loss over `count` windows is looked at."""
-    forward = BACKWARD * schedule.steps * schedule.windows
-    return max(1, min(LOOKS, int(OF_STEPS * forward / count)))
 
 
 def _loss(block: Block, leaves: Mapping[str, Any], indices: range) -> float:

@@ -24,6 +24,7 @@ import torch
 
 from qlab.algebra.graph import Op
 from qlab.algebra.spec import Spec
+from qlab.algebra.windows import Schedule
 
 
 class View:
@@ -179,15 +180,15 @@ class WholeBlock(View):
     """A block with its samples: what enters it, and what leaves it in the unquantized model.
 
     windows: how many of them the step runs forward and backward, for the estimate of time. leaves:
-    as of `EachWeight`. by_weight: whether it makes each weight of gradients there alone, which
-    `qlab.algebra.learn` adds up, so that ranks may have some weights each.
+    as of `EachWeight`. by_weight: how long, where it makes each weight of gradients there alone,
+    which `qlab.algebra.learn` adds up, so that ranks may have some weights each.
     """
 
     sees: ClassVar[str] = "the block and its samples"
 
     windows: int = 0
     leaves: str = ""
-    by_weight: bool = False
+    by_weight: Schedule | None = None
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from functools import cache, partial
 import torch
 
 from qlab.algebra.graph import Code, Site, by_source
-from qlab.algebra.learn import LOOKS
 from qlab.algebra.products import product_dtype
 from qlab.algebra.transform import Stage
 from qlab.algebra.views import WholeBlock
+from qlab.algebra.windows import LOOKS
 from qlab.data.calibration import Data
 from qlab.driver.batches import BATCH_TOKENS
 from qlab.driver.foreseen import Measured, passes_of

@@ -32,6 +32,11 @@ def split(recipe: Transform) -> tuple[Transform, Transform]:
     return recipe[:first], recipe[first:]
 
 
+def numbers_for(path: str, name: str) -> torch.Generator:
+    """Random numbers of a block for one purpose, the same in every run and in its plan."""
+    return generator(SEED, f"{path}/{name}")
+
+
 class Windows(Protocol):
     """Batches of one window each, any of which may be asked for."""
 
@@ -90,7 +95,7 @@ class BlockSamples:
             yield (self.targets[i],) if kept else leaving_states(self.graph, call, state)
 
     def generator(self, name: str) -> torch.Generator:
-        return generator(SEED, f"{self.graph.path}/{name}")
+        return numbers_for(self.graph.path, name)
 
     def each(
         self, work: OfWindows, block: Block, leaves: Mapping[str, Any], indices: Sequence[int]

@@ -33,6 +33,7 @@ from qlab.driver.expense import expenses, undeclared
 from qlab.driver.foreseen import Measured, foreseen
 from qlab.driver.framed import refuse_unturnable
 from qlab.driver.job import CODEC, Job
+from qlab.driver.lending import sharing_expenses
 from qlab.driver.measuring import measuring
 from qlab.driver.observe import Inputs, inputs_named
 from qlab.driver.outcome import rows_of, unquantized
@@ -151,6 +152,8 @@ def plan_of(
     work = work_of(job, sites, skeleton.dtype, passes, measured)
     learning = passes_of_learning(job)
     of_blocks = expenses(job, sites, passes, learning, ranks, skeleton.dtype.itemsize)
+    if fitting.is_sharded:
+        of_blocks += sharing_expenses(job, skeleton, sites, ranks)
     of_pass = sum(e.operations for e in of_blocks if e.stage == "forward") / max(passes, 1)
     return Plan(
         stages=describe(job.recipe),

@@ -183,8 +183,7 @@ class Plan(Shown):
         yield f"estimated time: {self._time}"
         if self.ranks > 1:
             sent = ", ".join(f"{stage} {size(int(n))}" for stage, n in self.traffic.items())
-            beside = ", and weights that are gathered and lent" if self.is_sharded else ""
-            yield f"traffic per block, of all ranks: {sent or 'none'}{beside}"
+            yield f"traffic per block, of all ranks: {sent or 'none'}"
 
     def at(self, devices: Devices) -> dict[str, Any]:
         """The times on devices of these figures as plain data."""

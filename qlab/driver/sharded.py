@@ -137,7 +137,7 @@ def _by_weight(stage: Stage, code: Code) -> bool:
     if stage.apply is unchanged or isinstance(stage.view, Uncovered):
         return True
     if isinstance(stage.view, WholeBlock):
-        return stage.view.by_weight and stage.needs == {BLOCK_IO}
+        return stage.view.by_weight is not None and stage.needs == {BLOCK_IO}
     by_expert = any(site.route for site in code.sites) and bool(stage.needs)
     elsewhere = ELSEWHERE & {name_of(need) for need in stage.needs}
     return isinstance(stage.view, EachWeight) and not by_expert and not elsewhere

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+import torch
+
 from qlab.algebra.graph import Code, Site
 from qlab.algebra.views import WholeBlock
 from qlab.driver.foreseen import FP32, leaf_bytes
@@ -13,7 +15,9 @@ from qlab.driver.job import Job
 from qlab.driver.owners import site_owners
 from qlab.driver.sharded import rounded_sites
 from qlab.driver.sharing import learners
+from qlab.model.loading import original_dtype
 from qlab.model.skeleton import Skeleton
+from qlab.process.shards import sent_bytes
 
 GATHERED = 2  # times a matrix on its way: the rows as they arrive, and in order
 LENT = 3  # a weight, its gradient, and that of another rank's window
@@ -39,7 +43,8 @@ class Shares:
     ranks: int
 
     @cached_property
-    def _sites(self) -> list[Site]:
+    def sites(self) -> list[Site]:
+        """Those whose weights are sharded."""
         return rounded_sites(self.job.recipe, self.path, self.code)
 
     def held(self, streams: int) -> Moment:
@@ -48,9 +53,9 @@ class Shares:
         if self.ranks == 1:
             return {"block": streams * leaf_bytes(self.skeleton, self.path)}
         return {
-            "block": leaf_bytes(self.skeleton, self.path, [s.weight or "" for s in self._sites]),
-            "rows of the block": sum(map(self._rows, self._sites)),
-            "own weights": max(map(self._bytes, self._owned(self._sites)), default=0),
+            "block": leaf_bytes(self.skeleton, self.path, [s.weight or "" for s in self.sites]),
+            "rows of the block": sum(map(self._rows, self.sites)),
+            "own weights": max(map(self._bytes, self._owned(self.sites)), default=0),
         }
 
     def gathered(self) -> Iterator[Moment]:
@@ -60,7 +65,7 @@ class Shares:
         pieces = self.skeleton.names.block_names(self.path)
         read = [
             self._bytes([site])
-            for site in self._sites
+            for site in self.sites
             if len(pieces[site.weight or ""]) == 1  # experts too, where the files hold them as one
         ]
         yield {"gathered": max(GATHERED * FP32 * self._matrix, *read, 0)}
@@ -68,17 +73,32 @@ class Shares:
     def learned(self, shapes: Mapping[Site, Sequence[int]]) -> int:
         """The numbers in the weights that the rank learns which has most of them. shapes: of those
         that are learned."""
-        by_rank = learners(shapes, self.ranks, self._fused).values()
+        by_rank = self.learners(shapes).values()
         return max(sum(prod(shapes[site]) for site in own) for own in by_rank)
 
     def lent(self) -> Moment:
         """What a rank holds of others while it learns."""
         return {} if self.ranks == 1 else {"lent": LENT * FP32 * self._matrix}
 
+    def dtype(self, site: Site) -> torch.dtype:
+        """That of a weight as it is sharded."""
+        pieces = self.skeleton.names.block_names(self.path)[site.weight or ""]
+        return original_dtype(self.skeleton, pieces)
+
+    def sent(self, site: Site) -> int:
+        """The bytes that all ranks send each other when they gather a weight."""
+        *experts, rows, columns = self._shape(site)
+        of_rank = sent_bytes(rows, columns * self.dtype(site).itemsize, self.ranks)
+        return prod(experts) * of_rank * self.ranks
+
+    def learners(self, shapes: Mapping[Site, Sequence[int]]) -> dict[int, list[Site]]:
+        """Rank -> the sites that it learns. shapes: of those that are learned."""
+        return learners(shapes, self.ranks, self._fused)
+
     @property
     def _matrix(self) -> int:
         """The numbers in the largest matrix: of a weight, or of one expert."""
-        return max((prod(self._shape(site)[-2:]) for site in self._sites), default=0)
+        return max((prod(self._shape(site)[-2:]) for site in self.sites), default=0)
 
     @property
     def _fused(self) -> bool:
@@ -88,7 +108,7 @@ class Shares:
         """The sites that a rank solves or learns at one time."""
         shapes = {site: self._shape(site) for site in sites}
         if any(isinstance(stage.view, WholeBlock) for stage in self.job.recipe):
-            yield from learners(shapes, self.ranks, self._fused).values()
+            yield from self.learners(shapes).values()
         one_by_one = self.job.in_order(self.code)
         owner = site_owners(shapes, self.ranks, one_by_one, self._fused)
         at_once: dict[tuple[str, int], list[Site]] = {}
@@ -100,15 +120,11 @@ class Shares:
     def _rows(self, site: Site) -> int:
         """The bytes that a rank has of a weight: FSDP2 fills up the rows of the last ranks."""
         *experts, rows, columns = self._shape(site)
-        return prod(experts) * -(-rows // self.ranks) * columns * self._itemsize(site)
+        return prod(experts) * -(-rows // self.ranks) * columns * self.dtype(site).itemsize
 
     def _bytes(self, sites: Sequence[Site]) -> int:
-        return sum(prod(self._shape(site)) * self._itemsize(site) for site in sites)
+        return sum(prod(self._shape(site)) * self.dtype(site).itemsize for site in sites)
 
     def _shape(self, site: Site) -> Sequence[int]:
         """As the files hold it."""
         return self.skeleton.blocks[self.path].get_parameter(site.weight or "").shape
-
-    def _itemsize(self, site: Site) -> int:
-        pieces = self.skeleton.names.block_names(self.path)[site.weight or ""]
-        return max(self.skeleton.names.stored_dtype(piece).itemsize for piece in pieces)

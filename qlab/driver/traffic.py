@@ -11,10 +11,10 @@ import torch
 
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.running import keys_of, select
-from qlab.algebra.spec import Int, with_scale_dtype
+from qlab.algebra.spec import Int, Spec, with_scale_dtype
 from qlab.algebra.stats import name_of
 from qlab.algebra.transform import Stage, Transform
-from qlab.algebra.views import Gauged
+from qlab.algebra.views import Gauged, WholeBlock
 from qlab.driver.duration import SQUARED
 from qlab.driver.foreseen import FP32
 from qlab.driver.observe import Key
@@ -75,21 +75,25 @@ class Traffic:
 
     def codes(self) -> Moved:
         """Codes with their scales and zero points, as they are before they are packed: of each
-        owner to all others."""
+        owner to all others. A step that refines codes makes them once more."""
         made: Counter[int] = Counter()
+        specs: dict[Site, Spec] = {}
         for stage in self.stages:
-            for site in select(stage, self.graph).sites if stage.spec is not None else ():
-                if not site.router:
-                    for rank, numbers in self._made(stage, site):
-                        made[rank] += numbers
+            refines = isinstance(stage.view, WholeBlock) and stage.view.by_weight is not None
+            for site in select(stage, self.graph).sites:
+                if stage.spec is not None and not site.router:
+                    specs[site] = stage.spec
+                elif not refines or site not in specs:
+                    continue
+                for rank, numbers in self._made(stage, site, specs[site]):
+                    made[rank] += numbers
         least = min(made.values()) if len(made) == self.ranks else 0
         whole = sum(made.values())
         return Moved(whole * (self.ranks - 1), whole - least)
 
-    def _made(self, stage: Stage, site: Site) -> Iterator[tuple[int, int]]:
+    def _made(self, stage: Stage, site: Site, spec: Spec) -> Iterator[tuple[int, int]]:
         """Rank -> the bytes of what it makes of a site."""
-        assert stage.spec is not None
-        spec, shape = with_scale_dtype(stage.spec, self.dtype), torch.Size(self.shapes[site])
+        spec, shape = with_scale_dtype(spec, self.dtype), torch.Size(self.shapes[site])
         assert spec.scale_dtype is not None
         of_tile = spec.scale_dtype.itemsize
         if isinstance(spec, Int) and not spec.symmetric:

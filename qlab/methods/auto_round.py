@@ -24,12 +24,13 @@ from torch.utils import _pytree as pytree
 from qlab.algebra.block import Block, each_block
 from qlab.algebra.cell import on_support
 from qlab.algebra.grid import stored
-from qlab.algebra.learn import Schedule, Version, learn
+from qlab.algebra.learn import Version, learn
 from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import QTensor, steps
 from qlab.algebra.rounding import outer_scales
 from qlab.algebra.spec import Float, Int, Spec, with_scale_dtype
 from qlab.algebra.transform import Transform, costing
+from qlab.algebra.windows import Schedule
 from qlab.errors import QlabError
 from qlab.methods.grid import Grid, encode, minmax
 
@@ -286,7 +287,8 @@ def auto_round(
         return _learned(block, starts_nearest(block, spec, grid), schedule, lr)
 
     detail = f"grid {grid.name}, {_detail(schedule, lr)}"
-    stages = each_block("auto_round", fn, grid.needs, spec, detail, steps * windows, by_weight=True)
+    visits = steps * windows
+    stages = each_block("auto_round", fn, grid.needs, spec, detail, visits, by_weight=schedule)
     return costing(stages, Operations())  # beside the passes of its windows
 
 
@@ -325,5 +327,5 @@ def auto_round_refine(steps: int = 50, windows: int = 8, lr: float | None = 0.00
 
     detail = _detail(schedule, lr)
     visits = steps * windows
-    stages = each_block("auto_round_refine", fn, detail=detail, visits=visits, by_weight=True)
+    stages = each_block("auto_round_refine", fn, detail=detail, visits=visits, by_weight=schedule)
     return costing(stages, Operations())  # beside the passes of its windows

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from qlab.algebra.block import Block, each_block
-from qlab.algebra.learn import Schedule, Version, learn
+from qlab.algebra.learn import Version, learn
 from qlab.algebra.learn_whole import vectors
 from qlab.algebra.operations import Operations
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Transform, costing
+from qlab.algebra.windows import Schedule
 from qlab.errors import QlabError
 from qlab.methods.auto_round import Start, starts_nearest
 from qlab.methods.grid import Grid, minmax

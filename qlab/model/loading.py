@@ -47,8 +47,8 @@ def load_matrices(skeleton: Skeleton, name: str) -> Iterator[Tensor]:
         yield _original(skeleton, [replace(piece, expert=0) for piece in of_expert])[0]
 
 
-def _original(skeleton: Skeleton, pieces: Sequence[Piece]) -> Tensor:
-    """The leaf of which these are the pieces, as `load_original` gives it."""
+def original_dtype(skeleton: Skeleton, pieces: Sequence[Piece]) -> torch.dtype:
+    """The dtype of a leaf of these pieces, as `load_original` gives it."""
     checkpoint = skeleton.checkpoint
     dtypes = [
         skeleton.dtype
@@ -56,7 +56,12 @@ def _original(skeleton: Skeleton, pieces: Sequence[Piece]) -> Tensor:
         else checkpoint.shape_and_dtype(piece.name)[1]
         for piece in pieces
     ]
-    wide = functools.reduce(torch.promote_types, dtypes)
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def _original(skeleton: Skeleton, pieces: Sequence[Piece]) -> Tensor:
+    """The leaf of which these are the pieces, as `load_original` gives it."""
+    checkpoint, wide = skeleton.checkpoint, original_dtype(skeleton, pieces)
 
     def part(piece: Piece) -> Tensor:
         leaf = checkpoint.leaf(piece.name)

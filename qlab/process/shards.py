@@ -17,8 +17,7 @@ class Shard:
     """
 
     def __init__(self, t: Tensor, mesh: DeviceMesh):
-        rows, ranks = len(t), mesh.size()
-        self.sent_bytes = -(-rows // ranks) * t[:1].nbytes * (ranks - 1)
+        self.sent_bytes = sent_bytes(len(t), t[:1].nbytes, mesh.size())
         unit = nn.Module()
         unit.register_parameter("whole", nn.Parameter(t.contiguous(), requires_grad=False))
         self._unit: Any = fully_shard(unit, mesh=mesh)
@@ -36,6 +35,11 @@ class Shard:
             return self._unit.whole.detach().clone()
         finally:
             self._unit.reshard()
+
+
+def sent_bytes(rows: int, row_bytes: int, ranks: int) -> int:
+    """What each rank sends to all others of a tensor of so many rows when they gather it."""
+    return -(-rows // ranks) * row_bytes * (ranks - 1)
 
 
 def mesh_of(group: Any, device: torch.device) -> DeviceMesh:

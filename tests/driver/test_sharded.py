@@ -17,12 +17,14 @@ from qlab.driver import batches, segments, sharing
 from qlab.driver.job import CODEC
 from qlab.driver.plan import plan
 from qlab.driver.quantize import quantize
+from qlab.driver.ranks import Ranks
 from qlab.errors import QlabError, ToldElsewhere
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.auto_round import Start, auto_round, auto_round_refine
 from qlab.methods.gptq import gptq
 from qlab.methods.qat import qat
 from qlab.methods.rtn import rtn
+from qlab.process.sendable import packed
 from qlab.process.watched import Lost
 
 SPEC = parse_spec("int4-g16")
@@ -78,12 +80,26 @@ def quantized(source, name, out, ranks=1, **options):
         return quantize(model, RECIPES[name], data, out, codec=codec, memory=memory, **options)
 
 
-def written(rank, cases, folder, world):
+def sending(rank, cases, folder, world):
+    """Of each case the plan, and the bytes of tensors that this rank sends."""
     batches.BATCH_TOKENS = LENGTH
-    return [
-        quantized(source, name, folder / f"{source.name}-{name}", world).plan.is_sharded
-        for source, name in cases
-    ]
+    moved, seen = Ranks._moved, []
+
+    def counted(self, value, source, to):
+        """Lets the tensors of a message count alone, and neither its words nor its length."""
+        before = self.sent_bytes
+        found = moved(self, value, source, to)
+        if self.rank == source:
+            tensors = sum(t.nbytes for t in packed(value)[1])
+            self.sent_bytes = before + tensors * (self.world - 1 if to is None else 1)
+        seen.append(self)
+        return found
+
+    Ranks._moved, found = counted, []
+    for source, name in cases:
+        planned = quantized(source, name, folder / f"{source.name}-{name}", world).plan
+        found.append((planned, seen[-1].sent_bytes))
+    return found
 
 
 @pytest.fixture
@@ -103,13 +119,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("world", CASES)
-def test_sharded_blocks_become_the_bytes_of_whole_ones(world, saved, tmp_path, by_windows):
+def test_sharded_blocks_become_the_bytes_of_whole_ones_and_send_what_is_planned(
+    world, saved, tmp_path, by_windows
+):
     cases = [(saved(family, **options), name) for family, options, name in CASES[world]]
-    assert not any(written(0, cases, tmp_path / "alone", 1))
-    found = run_ranks(tmp_path, world, written, cases, tmp_path / "ranks", world)
-    assert found == [[True] * len(cases)] * world
-    for out in (tmp_path / "alone").iterdir():
-        assert contents(tmp_path / "ranks" / out.name) == contents(out), out.name
+    of_ranks = run_ranks(tmp_path, world, sending, cases, tmp_path / "ranks", world)
+    for (source, name), *runs in zip(cases, *of_ranks):
+        alone = quantized(source, name, tmp_path / "alone" / f"{source.name}-{name}")
+        assert contents(tmp_path / "ranks" / alone.path.name) == contents(alone.path), alone.path
+        plans, sent = zip(*runs)
+        assert all(planned.is_sharded for planned in plans) and not alone.plan.is_sharded
+        planned = {name: n * plans[0].blocks for name, n in plans[0].traffic.items()}
+        assert sum(planned.values()) == sum(sent), (alone.path, planned, sent)
 
 
 # ------------------------------------------------------------------ what each rank holds

@@ -166,7 +166,8 @@ def test_learning_without_samples_codes_or_steps_is_refused(saved, tmp_path):
 
 
 def test_learning_that_diverges_keeps_the_best_and_says_so():
-    from qlab.algebra.learn import Schedule, Version, learn
+    from qlab.algebra.learn import Version, learn
+    from qlab.algebra.windows import Schedule
 
     seg = segment("llama")
 

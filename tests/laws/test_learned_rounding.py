@@ -10,10 +10,11 @@ from families import FAMILIES, MIXTURES
 from segments import assert_same, samples_of, segment
 
 from qlab.algebra.block import Block
-from qlab.algebra.learn import Schedule, Version, learn
+from qlab.algebra.learn import Version, learn
 from qlab.algebra.qtensor import dense
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import chain
+from qlab.algebra.windows import Schedule
 from qlab.methods.auto_round import auto_round, auto_round_refine
 from qlab.methods.gptq import gptq
 from qlab.methods.magnitude import magnitude

@@ -77,10 +77,10 @@ MUTANTS = [
     ),
     Mutant(
         "learning in blocks: of the first windows alone",
-        "algebra/learn.py",
-        "learn",
-        "torch.randperm(block.count, generator=drawn)[:schedule.windows].tolist()",
-        "list(range(block.count))[:schedule.windows]",
+        "algebra/windows.py",
+        "Schedule.drawn",
+        "torch.randperm(count, generator=numbers)[:self.windows].tolist()",
+        "list(range(count))[:self.windows]",
         "learned_rounding",
     ),
     Mutant(
