@@ -222,6 +222,7 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "detail": plain.text,
         "visits": plain.whole,
         "leaves": plain.text,
+        "by_weight": kinds.optional_schedule,
     },
     "auto_round": {
         **METHOD,

@@ -123,6 +123,18 @@ def optional_spec(value: Any, name: str) -> Any:
     return value if value is None else spec(value, name)
 
 
+def optional_schedule(value: Any, name: str) -> Any:
+    """The schedule of a step that learns, or None."""
+    from qlab.algebra.windows import Schedule
+
+    if value is not None and not isinstance(value, Schedule):
+        raise QlabError(
+            f"{name} is {said(value)}; give the qlab.algebra.windows.Schedule with which the step "
+            "learns, or None"
+        )
+    return value
+
+
 def cache(value: Any, name: str) -> Any:
     """How a cache is rounded: a cache spec, a spec, or its name."""
     from qlab.algebra.spec import Float, Int

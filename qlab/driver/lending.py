@@ -15,7 +15,7 @@ from math import prod
 from qlab.algebra.entering import behind, input_dtypes
 from qlab.algebra.graph import Site
 from qlab.algebra.transform import unchanged
-from qlab.algebra.views import EachWeight, Uncovered, WholeBlock
+from qlab.algebra.views import Uncovered, WholeBlock
 from qlab.algebra.windows import DRAWING, Schedule
 from qlab.driver.batches import batch_tokens, in_batches
 from qlab.driver.expense import Expense
@@ -98,8 +98,9 @@ class _Windows:
 class _Step:
     """A step of the recipe in a block.
 
-    sites: those that it sees. gathered: those of them whose weight or target is sharded. waiting:
-    others whose weight is. windows: those that it learns of; None where it does not.
+    sites: those that it sees. gathered: those of them whose weight, or its target behind a step
+    that rounded or masked it, is sharded. waiting: those whose turn comes behind it. windows: those
+    that it learns of; None where it does not.
     """
 
     sites: Sequence[Site]
@@ -161,7 +162,7 @@ class Lending:
     @cached_property
     def _steps(self) -> list[_Step]:
         """Those of the recipe, in their order."""
-        steps, rounded, plain = list[_Step](), set[Site](), set[Site]()
+        steps, rounded, taken = list[_Step](), set[Site](), set[Site]()
         for stage in self.shares.job.recipe:
             if stage.apply is unchanged or isinstance(stage.view, Uncovered):
                 continue
@@ -169,7 +170,6 @@ class Lending:
             seen = [s for s in every if not s.router and stage.touches(f"{path}.{s.path}", s)]
             if isinstance(stage.view, WholeBlock) and stage.spec is None:  # it refines codes
                 seen = [site for site in seen if site in rounded]
-            sharded = [site for site in self.shares.sites if site not in plain]
             schedule = stage.view.by_weight if isinstance(stage.view, WholeBlock) else None
             windows = None
             if schedule is not None and seen:
@@ -177,15 +177,13 @@ class Lending:
             steps.append(
                 _Step(
                     sites=seen,
-                    gathered=[site for site in sharded if site in seen],
-                    waiting=[s for s in sharded if s not in seen and s not in rounded],
+                    gathered=[site for site in self.shares.sites if site in seen],
+                    waiting=[site for site in self.shares.sites if site not in taken | {*seen}],
                     windows=windows,
                 )
             )
-            if stage.spec is not None:
-                rounded |= {*seen}
-            elif isinstance(stage.view, EachWeight):  # its numbers are told to all
-                plain |= {*seen} - rounded
+            taken |= {*seen}
+            rounded |= {*seen} if stage.spec is not None else set()
         return steps
 
     def _is_cast(self, site: Site) -> bool:

@@ -40,6 +40,8 @@ RECIPES = {
     "some": chain(
         rules({"*.q_proj": gptq(SPEC), "*": None}), auto_round_refine(steps=1, windows=2)
     ),
+    # others are gathered while it is learned, those behind it on the way back too
+    "before": rules({"*.q_proj": auto_round(SPEC, steps=9, windows=2), "*": rtn(SPEC)}),
     "gptq": gptq(SPEC),
     # their inputs are observed behind weights that are sharded
     "behind learned": rules({"*.down_proj": gptq(SPEC), "*": LEARNED}),
@@ -112,6 +114,7 @@ CASES = {
     2: [("llama", {}, "refine"), ("qwen3_moe", {"num_hidden_layers": 1}, "auto_round")],
     3: [
         ("llama", {"num_hidden_layers": 1}, "some"),
+        ("llama", {"num_hidden_layers": 1}, "before"),
         ("llama", {}, "last"),
         ("gpt2", {"n_layer": 1, "dtype": torch.float16}, "auto_round"),
     ],
