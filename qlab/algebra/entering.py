@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def input_dtypes(code: Code) -> Mapping[str, torch.dtype]:
 
 def behind(code: Code, leaves: Collection[str]) -> set[str]:
     """The leaves that a program multiplies by what depends on some of these."""
-    reached, found = set(), set()
+    reached, found = set[Any](), set[str]()
     for node in code.graph.nodes:
         if code.params.get(node.name) in leaves or reached & {*node.all_input_nodes}:
             reached.add(node)

@@ -41,7 +41,7 @@ RECIPES = {
         rules({"*.q_proj": gptq(SPEC), "*": None}), auto_round_refine(steps=1, windows=2)
     ),
     # others are gathered while it is learned, those behind it on the way back too
-    "before": rules({"*.q_proj": auto_round(SPEC, steps=9, windows=2), "*": rtn(SPEC)}),
+    "before": rules({"*.q_proj": auto_round(SPEC, steps=2, windows=2), "*": rtn(SPEC)}),
     "gptq": gptq(SPEC),
     # their inputs are observed behind weights that are sharded
     "behind learned": rules({"*.down_proj": gptq(SPEC), "*": LEARNED}),
