@@ -7,7 +7,7 @@ memory pass through.
 import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any
@@ -206,8 +206,9 @@ class Spool:
         return len(text).to_bytes(8, "little") + text
 
     def close(self) -> None:
-        """Let go of all data."""
-        self._stack.close()
+        """Let go of all data, also of what a full disk did not take."""
+        with suppress(OSError):
+            self._stack.close()
 
 
 def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:

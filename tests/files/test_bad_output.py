@@ -5,11 +5,13 @@ import json
 import resource
 
 import pytest
+import torch
 from killing import finish, start
 from model_folders import contents, random_tokens, refused
 
 import qlab
 from qlab.files.checkpoint import open_checkpoint
+from qlab.files.parts import Parts
 
 INT4 = qlab.parse_spec("int4-g16")
 
@@ -36,7 +38,7 @@ def test_a_full_disk_leaves_the_former_result_and_can_be_resumed(folder, tmp_pat
     def full(path, tensors):
         if "00003" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, tensors)
+        return write(path, tensors)
 
     monkeypatch.setattr(segments, "write", full)
     again = qlab.rtn(qlab.parse_spec("int3-g16"))
@@ -121,3 +123,22 @@ def test_files_that_the_system_refuses_to_let_grow(folder, tmp_path, limit):
     job(out, overwrite=True, resume=True)
     assert contents(out) == contents(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
+
+
+# The disk is full while tensors are taken, or when the last of them leave the buffer of their file.
+@pytest.mark.parametrize("sizes", [(10007, 10007), (19990, 100)])
+def test_tensors_that_wait_for_their_file_on_a_full_disk_are_let_go_of(tmp_path, sizes):
+    parts = Parts(tmp_path, 1)
+    tensors = [(f"of {i}", torch.zeros(n, dtype=torch.uint8)) for i, n in enumerate(sizes)]
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        refused(
+            lambda: parts.write_spool(0, parts.spooled(0, tensors)),
+            "cannot be written",
+            "File too large",
+            "free some space",
+        )
+
+    assert finish(start(limited)) == 0
+    assert not list(tmp_path.iterdir())
