@@ -42,8 +42,8 @@ class Ahead:
     ) -> Iterator[Made]:
         """make(item, read(item)) of every item.
 
-        The caller's thread reads, whenever it asks for the next result; the others make. Of items
-        that have more than AT_ONCE bytes together one is in memory at a time.
+        The caller's thread reads, whenever it asks for the next result; the others make. Items of
+        AT_ONCE bytes together are in memory at a time, or a single larger one.
         """
         waiting: deque[tuple[int, Future[Made]]] = deque()
         failure: Exception | None = None
