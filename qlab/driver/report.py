@@ -72,8 +72,9 @@ def known_distances(recipe: Transform, graph: ModuleGraph, site: Site) -> dict[s
     if not isinstance(leaf, QTensor) or leaf.perm is not None or site.route is not None:
         return None
     steps = [stage for stage in recipe if not isinstance(stage.view, Uncovered)]
-    touching = [stage.view for stage in steps if stage.touches(path, site)]
-    if len(touching) != 1 or not isinstance(touching[0], EachWeight) or not touching[0].by_expert:
+    # one that sees more than a weight may move what it does not touch, as a scale its producer
+    moving = [s.view for s in steps if s.touches(path, site) or not isinstance(s.view, EachWeight)]
+    if len(moving) != 1 or not isinstance(moving[0], EachWeight) or not moving[0].by_expert:
         return None
     return {key: graph.notes[site.path][key] for key in DISTANCES}
 

@@ -135,3 +135,12 @@ def test_alone_it_moves_weights_that_the_files_hold(saved, tmp_path):
     keep = chain(smoothquant(), qlab.at("*.mlp.down_proj", rtn(parse_spec("int8-channel"))))
     result = qlab.quantize(source, keep, random_tokens(source), tmp_path / "out")
     assert not qlab.verify(result, source).faults
+
+
+def test_what_it_moves_in_front_of_an_input_is_certified_by_the_weights_of_the_files(
+    saved, tmp_path
+):
+    source = saved("llama")
+    recipe = chain(qlab.at("*.mlp.down_proj", smoothquant()), rtn(parse_spec("int4-g16")))
+    result = qlab.quantize(source, recipe, random_tokens(source), tmp_path / "out")
+    assert not qlab.verify(result, source).faults
