@@ -64,7 +64,7 @@ def _begun(own_writer: Writer | None, count: int) -> tuple[Path, list[int]]:
     left is removed."""
     assert own_writer is not None
     for left in own_writer.work.glob(PARTS):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)  # a rank that outlived its run may write there
     folder = own_writer.work / PARTS.replace("*", secrets.token_hex(8))
     folder.mkdir()
     return folder, [index for index in range(count) if not own_writer.has(index)]

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
-from qlab.files.digests import SIZE, hasher
+from qlab.files.digests import BLOCK, SIZE, hasher
 from qlab.files.tensors import bytes_of
-
-BLOCK = 1 << 20
 
 
 class Carry:

@@ -21,7 +21,7 @@ from qlab.algebra.spec import InputSpec, Spec
 from qlab.codecs import Codec, reader
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError, first_line, warn
-from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
+from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json, reading
 from qlab.files.explained import KEY, explained, refuse_unexplained
 from qlab.files.hashed import fingerprint
 from qlab.files.tensors import dtype_of, read, refuse_overflow, same_bytes
@@ -299,10 +299,11 @@ class Checkpoint(Shown):
         return fingerprint(self.path, self.stored)
 
     def sha256(self) -> str:
-        """sha256 over config.json and the sha256 of every file; all are read for it."""
+        """sha256 over config.json and the sha256 of every file, by which kept statistics are found;
+        all are read for it."""
         digest = hashlib.sha256((self.path / CONFIG).read_bytes())
         for file in sorted(set(self.files.values())):
-            with file.open("rb") as opened:
+            with reading(file), file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())  # type: ignore[arg-type]
         return digest.hexdigest()
 

@@ -13,7 +13,7 @@ from qlab.algebra.spec import parse_spec
 from qlab.cli import main
 from qlab.directories.model_free import quantize_files
 from qlab.errors import QlabError, ToldElsewhere
-from qlab.files.hashed import HashedFiles
+from qlab.files.tensors import OpenFiles
 from qlab.methods.rtn import rtn
 from qlab.process.watched import Lost
 
@@ -28,22 +28,18 @@ def source(saved):
 
 
 def made(rank, source, out, **options):
-    """The files that this rank wrote, and those that it read to their end."""
-    replace, written, read = os.replace, [], HashedFiles.whole_files
+    """The files that this rank wrote, and those of which it read more than the header."""
+    replace, written, read, at = os.replace, [], set(), OpenFiles.at
 
     def renamed(path, target):
         written.append(os.fspath(target))
         return replace(path, target)
 
     qlab.files.atomic.os.replace = renamed
-    seen = []
-    HashedFiles.whole_files = lambda self: seen.append(read(self)) or read(self)
-    try:
-        result = quantize_files(source, RECIPE, out, **options)
-    finally:
-        qlab.files.atomic.os.replace = replace
+    OpenFiles.at = lambda self, path, *place: read.add(path) or at(self, path, *place)
+    result = quantize_files(source, RECIPE, out, **options)
     shards = [name for name in written if name.endswith(".safetensors")]
-    return len(shards), [set(files) for files in seen], len(result.sites)
+    return len(shards), {path.name for path in read if path.parent == source}, len(result.sites)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -53,7 +49,7 @@ def test_ranks_divide_the_files_and_write_the_bytes_of_one_process(source, tmp_p
     assert contents(tmp_path / "ranks") == contents(whole.path)
     assert {sites for _, _, sites in found} == {len(whole.sites)}
     assert all(shards > 0 for shards, _, _ in found[1:]), found
-    read = [files for _, (files,), _ in found]  # each of them by one rank
+    read = [files for _, files, _ in found]  # each of them by one rank
     assert set.union(*read) == {file.name for file in source.glob("*.safetensors")}
     assert sum(map(len, read)) == len(set.union(*read))
 
