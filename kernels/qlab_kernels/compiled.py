@@ -68,21 +68,26 @@ def library(source: Path) -> ctypes.CDLL:
 
 def opened(source: Path) -> ctypes.CDLL | Uncompiled:
     """The library of a source, or why there is none, found out once in a process."""
-    with _lock:
-        if source not in _opened:
-            try:
-                _opened[source] = library(source)
-            except Uncompiled as error:
-                _opened[source] = error
-        return _opened[source]
+    if source not in _opened:
+        with _lock:  # who knows the answer does not wait for the compiler of another source
+            _opened[source] = _opened.get(source) or _library_or_reason(source)
+    return _opened[source]
+
+
+def _library_or_reason(source: Path) -> ctypes.CDLL | Uncompiled:
+    try:
+        return library(source)
+    except Uncompiled as error:
+        return error
 
 
 def registered(source: Path) -> str | None:
     """Load a library that gives torch operators, once in a process. Why there is none, or None."""
-    with _lock:
-        if source not in _registered:
-            _registered[source] = _why_not(source)
-        return _registered[source]
+    if source not in _registered:
+        with _lock:
+            if source not in _registered:
+                _registered[source] = _why_not(source)
+    return _registered[source]
 
 
 def _why_not(source: Path) -> str | None:
