@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 from model_folders import contents
@@ -11,6 +12,7 @@ from ranks import run_ranks
 import qlab.files.atomic
 from qlab.algebra.spec import parse_spec
 from qlab.cli import main
+from qlab.directories.by_ranks import _begun
 from qlab.directories.model_free import quantize_files
 from qlab.errors import QlabError, ToldElsewhere
 from qlab.files.tensors import OpenFiles
@@ -85,6 +87,14 @@ def test_a_run_whose_rank_is_gone_goes_on_with_another_number(source, tmp_path, 
 
 def resumes(rank, source, out):
     quantize_files(source, RECIPE, out, resume=True)
+
+
+def test_what_ranks_of_a_run_before_left_takes_no_place(tmp_path):
+    (tmp_path / "parts-before").mkdir()
+    (tmp_path / "parts-before" / "part-00000.safetensors").write_bytes(b"some")
+    writer = SimpleNamespace(work=tmp_path, has=lambda index: index == 1)
+    folder, lacking = _begun(writer, 3)
+    assert list(tmp_path.iterdir()) == [folder] and lacking == [0, 2]
 
 
 # ------------------------------------------------------------------ what is refused
