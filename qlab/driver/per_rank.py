@@ -125,7 +125,7 @@ def _owned(job: Job, sites: Sites, ranks: int, experts_at_once: int | None) -> I
             for rank in range(ranks):
                 parts = [-(-count // ranks)] if BY_EXPERT in readers else []
                 whole = [count] if rank in readers else []
-                held[-1][rank] += squared * FP32 * k**2 * max(*parts, *whole, 0, 0)
+                held[-1][rank] += squared * FP32 * k**2 * max([*parts, *whole], default=0)
         yield max(map(max, held))
 
 
