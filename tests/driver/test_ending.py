@@ -11,6 +11,7 @@ import qlab
 from qlab.codecs import CODECS
 from qlab.driver import quantize as driver
 from qlab.driver import run
+from qlab.files import shardwise
 from qlab.files.checkpoint import open_checkpoint
 from qlab.files.directory import read_header
 from qlab.files.tensors import Spool, write
@@ -263,6 +264,17 @@ def test_a_file_that_is_not_what_was_packed_is_refused(
     recipe, out = qlab.rtn(qlab.parse_spec("int4-g128")), tmp_path / "out"
     refused(lambda: qlab.quantize_files(two_weights, recipe, out), refusal)
     assert not out.exists() and not list(tmp_path.glob("out*/*.safetensors"))
+
+
+def test_a_file_is_vouched_for_behind_its_reading_back(two_weights, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shardwise, "refuse_misread", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        qlab.quantize_files(two_weights, qlab.rtn(qlab.parse_spec("int4-g128")), tmp_path / "out")
+    left = {path.name for path in (tmp_path / "out.partial").rglob("*")}
+    assert "model-00001-of-00001.safetensors" in left and "notes-00000.json" not in left
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
