@@ -37,6 +37,7 @@ PAIRS = [
     ("phi3", "int8-channel", {}),
     ("deepseek_v3", "int4-g16", {}),
     ("llama", "shuffled int4-g32-asym", {}),
+    ("llama", "turned int4-g32", {}),
 ]
 # Inputs that are rounded at run time, one of which is turned before that. Where a processor
 # multiplies fewer outputs in another order, some move to the next code.
@@ -76,9 +77,7 @@ def made(saved, tmp_path_factory):
 def recipe(kind, name):
     if kind == "shuffled":
         return shuffled(replace(qlab.parse_spec(name), scale_dtype=torch.float16))
-    if name.islower():
-        return qlab.rtn(name)
-    rounded = qlab.scheme(name).recipe("rtn")
+    rounded = qlab.rtn(name) if name.islower() else qlab.scheme(name).recipe("rtn")
     return qlab.chain(qlab.rotate_online(), rounded) if kind == "turned" else rounded
 
 
