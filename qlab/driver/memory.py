@@ -33,9 +33,6 @@ from qlab.model.skeleton import Skeleton
 
 # copies of a weight in fp32: a solver's, and while the errors of a solved weight are measured
 SOLVER_COPIES, ERRORS = 5, 4
-# Of all weights that a step learns in a block, in fp32, that it holds at once: weights, parameters,
-# gradients, and what the rounding keeps for the way back. auto_round held 8.5, qat 9.5.
-LEARNING_COPIES = 9
 BACKWARD = 2  # times the activations of a forward pass: they are kept, and have gradients
 
 
@@ -257,7 +254,7 @@ class _Block:
             targets = data.count * hidden * self.size
             yield {
                 **self.shares.lent(),
-                "learning": LEARNING_COPIES * FP32 * self.shares.learned(shapes),
+                "learning": self.shares.learned(shapes),
                 "targets": min(KEPT, targets) if self.shares.ranks == 1 else targets,
                 "statistics": sum(self.sums.moments_kk) if "second_moment" in stage.needs else 0,
                 "activations": BACKWARD * (self._activations(data, self.size) + self._scores(data)),
