@@ -71,7 +71,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     d = codes.shape[-1]
     half = -(-d // 2)
     padded = F.pad(codes, (0, 1)) if d % 2 else codes
-    whole = padded.view(torch.uint8) + NIBBLE_OFFSET  # -8 + 8 comes round to 0
+    whole = padded.to(torch.int8).view(torch.uint8) + NIBBLE_OFFSET  # -8 + 8 comes round to 0
     return whole[..., :half] | whole[..., half:] << 4
 
 
