@@ -22,8 +22,9 @@ from qlab.process.shards import sent_bytes
 GATHERED = 2  # times a matrix on its way: the rows as they arrive, and in order
 # Copies in fp32 of what a step learns: of all weights at once the weight, parameters, gradients and
 # what the rounding keeps for the way back; of one, whose gradient goes back through the rounding,
-# what lies between. Of a block of seven weights auto_round held 8.5 in all, of one stack 13.
-LEARNED, PASSED = 7.5, 5.5
+# what lies between. Of a block of seven weights auto_round held 8.5 in all, qat 9.5; of one stack
+# of experts auto_round held 13.
+LEARNED, PASSED = 9, 4
 LENT = 3  # a weight, its gradient, and that of another rank's window
 Moment = Mapping[str, int]  # what holds memory -> its bytes, at one moment of a run
 
@@ -78,7 +79,7 @@ class Shares:
         """The bytes that learning takes on the rank where it takes most. shapes: those of the
         weights that are learned."""
         of_ranks = [[prod(shapes[site]) for site in own] for own in self.learners(shapes).values()]
-        return max(int(FP32 * (LEARNED * sum(own) + PASSED * max(own))) for own in of_ranks)
+        return max(FP32 * (LEARNED * sum(own) + PASSED * max(own)) for own in of_ranks)
 
     def lent(self) -> Moment:
         """What a rank holds of others while it learns."""
