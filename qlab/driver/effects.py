@@ -13,7 +13,7 @@ from qlab.algebra.running import select
 from qlab.algebra.scope import matches
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform
-from qlab.algebra.views import EachWeight, PlainCache, Uncovered, WholeBlock
+from qlab.algebra.views import EachWeight, Folded, PlainCache, Uncovered, WholeBlock
 from qlab.algebra.wires import full_name, open_wires, wires
 from qlab.codecs import CODECS, Codec
 from qlab.codecs.around import Around, Places
@@ -84,10 +84,15 @@ def input_specs(online: Online) -> dict[str, str]:
 
 def refuse_left(recipe: Transform, stage: Stage, graph: ModuleGraph, codec: Codec) -> None:
     """Refuse what the last stage before those that round left on an input, if the format has no
-    place for it: nothing behind it could still fold that into weights."""
-    behind = recipe[recipe.index(stage) + 1 :]
-    if stage.spec is not None or any(
-        later.spec is None and not isinstance(later.view, Uncovered) for later in behind
+    place for it: nothing behind it could still fold that into weights. Where inputs are solved one
+    after another, what folds comes when all of them are, wherever the recipe has it."""
+    at = recipe.index(stage)
+    behind = recipe[at + 1 :]
+    may_fold = stage.view.site_by_site and any(isinstance(s.view, Folded) for s in recipe[:at])
+    if (
+        may_fold
+        or stage.spec is not None
+        or any(later.spec is None and not isinstance(later.view, Uncovered) for later in behind)
     ):
         return
     for site in graph.sites:

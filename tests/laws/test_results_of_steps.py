@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from model_folders import random_tokens
 from raw_steps import refused, step
 from segments import batches_of, of, segment
 from torch import fx, nn
@@ -16,11 +17,14 @@ from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import Stage, chain, each_weight
 from qlab.algebra.views import EachWeight, Gauged
+from qlab.directories.verify import verify
 from qlab.driver.quantize import quantize
 from qlab.driver.solve import solve_in_order
 from qlab.driver.writing import refuse_unwritten
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
+from qlab.methods.awq import awq_scale
+from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 
@@ -318,3 +322,12 @@ def test_what_is_left_at_run_time_is_refused_before_a_weight_is_rounded(by_sourc
     ):
         quantize(open_checkpoint(saved()), chain(turns, rounds), None, tmp_path / "out")
     assert rounded == [] and not list(tmp_path.iterdir())
+
+
+def test_what_folds_when_all_inputs_are_done_is_waited_for(saved, tmp_path):
+    """Behind it in the recipe, and before it in the run, is a step that rounds nothing."""
+    model = open_checkpoint(saved())
+    recipe = chain(awq_scale(SPEC), gptaq(SPEC))
+    assert [stage.name for stage in recipe] == ["awq_scale", "absorb", "aim_at_reference", "gptq"]
+    quantize(model, recipe, random_tokens(model.path), tmp_path / "out")
+    assert not verify(tmp_path / "out", model).faults
