@@ -36,6 +36,8 @@ OPTIONS = (
     "-w",
 )
 MACHINES = ("x86_64", "AMD64")
+# Of sources that include paths.h. The best is the last one that the processor runs.
+PATHS = ("best", "portable", "avx2", "avx512")
 SECONDS = 300  # a compiler that takes longer is stopped
 _lock = threading.Lock()
 _opened: dict[Path, "ctypes.CDLL | Uncompiled"] = {}  # by their sources
@@ -72,6 +74,26 @@ def opened(source: Path) -> ctypes.CDLL | Uncompiled:
         with _lock:  # who knows the answer does not wait for the compiler of another source
             _opened[source] = _opened.get(source) or _library_or_reason(source)
     return _opened[source]
+
+
+def missing(source: Path) -> str | None:
+    """Why there is no library of a source, or None."""
+    found = opened(source)
+    return str(found) if isinstance(found, Uncompiled) else None
+
+
+def paths_of(source: Path) -> tuple[str, ...]:
+    """The paths of a source that this processor runs, from the slowest to the fastest."""
+    loaded = opened(source)
+    return () if isinstance(loaded, Uncompiled) else PATHS[1 : loaded.qlab_best_path() + 1]
+
+
+def on_path(source: Path, path: str) -> tuple[ctypes.CDLL, int]:
+    """The library of a source, and the number of a path. Uncompiled where there is none."""
+    loaded = opened(source)
+    if isinstance(loaded, Uncompiled):
+        raise loaded
+    return loaded, PATHS.index(path) or loaded.qlab_best_path()
 
 
 def _library_or_reason(source: Path) -> ctypes.CDLL | Uncompiled:

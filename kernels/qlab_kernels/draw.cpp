@@ -15,6 +15,7 @@
 // Names: v tokens of the vocabulary, W the numbers of a vector, lane each of them.
 
 #include "bits.h"
+#include "paths.h"
 
 #include <torch/csrc/stable/c/shim.h>
 
@@ -25,9 +26,6 @@
 #include <functional>
 #include <vector>
 
-#define AVX2 __attribute__((target("avx2")))
-#define AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl")))
-
 namespace {
 
 constexpr int64_t BLOCK = 512;
@@ -36,7 +34,6 @@ constexpr float NEAR = 1e-5f;              // of t: exponentials are off by 2.6e
 constexpr float CLOSE = 1e-4f;             // of scores, whose sums and logarithms are off by less than 2e-5
 constexpr float FAR = -44.0f;              // of t: noise lies in [-2.9, 16.7], and no block has 2^10 times its greatest e
 constexpr float LN2 = 0.69314718f, MOST_OF_BLOCK = 6.24f;  // log BLOCK
-enum Path : int64_t { BEST, PORTABLE, PATH_AVX2, PATH_AVX512 };
 enum Kind : int64_t { F32, BF16 };
 enum Answer : int64_t { UNSURE = -1, OUTSIDE = -2 };
 
@@ -364,13 +361,6 @@ AVX512 void run_avx512(int64_t first, int64_t last, void* job) { run<16>(job, fi
 }  // namespace
 
 extern "C" {
-
-// The number of the best path that this processor runs.
-int64_t qlab_best_path() {
-  __builtin_cpu_init();
-  const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return wide ? PATH_AVX512 : __builtin_cpu_supports("avx2") ? PATH_AVX2 : PORTABLE;
-}
 
 // The tokens of rows of v logits, a row of a thread at a time.
 void qlab_draw(Row* rows, int64_t count, int64_t v, int64_t path) {

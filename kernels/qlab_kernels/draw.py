@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlab_kernels.compiled import Uncompiled, opened
+from qlab_kernels.compiled import missing, on_path, paths_of
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPES = (torch.float32, torch.bfloat16)  # of logits
-PATHS = ("best", "portable", "avx2", "avx512")  # the best is the last one that the processor runs
 UNSURE, OUTSIDE = -1, -2  # what stands in the place of a token
 
 
@@ -56,14 +55,12 @@ class Row(ctypes.Structure):
 
 def why_not() -> str | None:
     """Load the kernel. Why there is none, or None."""
-    found = opened(SOURCE)
-    return str(found) if isinstance(found, Uncompiled) else None
+    return missing(SOURCE)
 
 
 def supported() -> tuple[str, ...]:
     """The paths that this processor runs, from the slowest to the fastest."""
-    loaded = opened(SOURCE)
-    return () if isinstance(loaded, Uncompiled) else PATHS[1 : loaded.qlab_best_path() + 1]
+    return paths_of(SOURCE)
 
 
 def takes(logits_bv: Tensor) -> bool:
@@ -74,10 +71,7 @@ def takes(logits_bv: Tensor) -> bool:
 
 def draw(rows: Sequence[Row], v: int, path: str = "best") -> list[Row]:
     """The rows of v logits, filled in. path: one of `supported()`, or the best."""
-    loaded = opened(SOURCE)
-    if isinstance(loaded, Uncompiled):
-        raise loaded
+    loaded, number = on_path(SOURCE, path)
     table = (Row * len(rows))(*rows)
-    number = PATHS.index(path) or loaded.qlab_best_path()
     loaded.qlab_draw(table, *map(ctypes.c_int64, (len(rows), v, number)))
     return list(table)

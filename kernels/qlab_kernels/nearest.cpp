@@ -14,6 +14,7 @@
 // Names: o rows, k channels, LANES the numbers of a vector.
 
 #include "halves.h"
+#include "paths.h"
 
 #include <atomic>
 #include <cstdint>
@@ -21,8 +22,6 @@
 #include <thread>
 #include <vector>
 
-#define AVX2 __attribute__((target("avx2")))
-#define AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl")))
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace {
@@ -38,7 +37,6 @@ constexpr int32_t PARTNERS[4][16] = {
 };
 constexpr uint32_t INFINITE = 0x7f800000;  // the bits of infinity; those of NaN are above
 constexpr int64_t AHEAD = 16;              // groups whose grids are fitted before the first of them is rounded
-enum Path : int64_t { BEST, PORTABLE, PATH_AVX2, PATH_AVX512 };
 
 template <int64_t N>
 struct Vectors;                            // of N numbers
@@ -359,13 +357,6 @@ AVX512 bool round_avx512(Problem p) { return run<16>(p); }
 }  // namespace
 
 extern "C" {
-
-// The number of the best path that this processor runs.
-int64_t qlab_best_path() {
-  __builtin_cpu_init();
-  const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return wide ? PATH_AVX512 : __builtin_cpu_supports("avx2") ? PATH_AVX2 : PORTABLE;
-}
 
 // 0 where all is rounded, 1 where the reference has to say. Parts of the rows are rounded by so many threads.
 int32_t qlab_round(const Problem* problem, int64_t path, int64_t threads) {

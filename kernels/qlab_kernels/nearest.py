@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from qlab_kernels.buffers import empty
-from qlab_kernels.compiled import Uncompiled, opened
+from qlab_kernels.compiled import missing, on_path, paths_of
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights and scales
-PATHS = ("best", "portable", "avx2", "avx512")  # the best is the last one that the processor runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +59,12 @@ class _Stream(ctypes.Structure):
 
 def why_not() -> str | None:
     """Load the kernel. Why there is none, or None."""
-    found = opened(SOURCE)
-    return str(found) if isinstance(found, Uncompiled) else None
+    return missing(SOURCE)
 
 
 def supported() -> tuple[str, ...]:
     """The paths that this processor runs, from the slowest to the fastest."""
-    loaded = opened(SOURCE)
-    return () if isinstance(loaded, Uncompiled) else PATHS[1 : loaded.qlab_best_path() + 1]
+    return paths_of(SOURCE)
 
 
 def takes(W_ok: Tensor) -> bool:
@@ -151,10 +148,7 @@ def _problem(W_ok: Tensor, made: Rounded, rows: int) -> _Problem:
 def _call(name: str, problem: ctypes.Structure, path: str, *more: int) -> int:
     """What a function of the library says of a problem. Uncompiled where there is none. more: its
     other arguments."""
-    loaded = opened(SOURCE)
-    if isinstance(loaded, Uncompiled):
-        raise loaded
-    number = PATHS.index(path) or loaded.qlab_best_path()
+    loaded, number = on_path(SOURCE, path)
     return getattr(loaded, name)(ctypes.byref(problem), *map(ctypes.c_int64, (number, *more)))
 
 
