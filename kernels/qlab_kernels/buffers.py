@@ -13,8 +13,8 @@ OUTPUTS = 8  # buffers of outputs that may wait: codes and words of several weig
 
 
 class Buffers:
-    """Memory of tensors, used again where no tensor of it is left: the system
-    takes longer to hand out fresh memory than to fill it from a file.
+    """Memory of tensors, used again where no tensor of it is left: the system takes longer to hand
+    out fresh memory than to fill it from a file.
 
     kept: how many buffers may wait for their next tensor, of which the largest are kept.
     """

@@ -51,6 +51,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def changed(graph: ModuleGraph, changes: Mapping[str, Any]) -> ModuleGraph:
+    """The graph behind the changes that another rank told."""
     new: dict[str, Any] = {}
     for name, (other, gone) in changes.items():
         entries: Mapping[str, Any] = getattr(graph, name)

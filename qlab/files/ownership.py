@@ -96,13 +96,17 @@ def _listing(folder: Path) -> tuple[set[str], set[str]]:
 
 
 def _digest_in(folder: Path, name: str, recorded: Any) -> str:
-    """The hash of a file as it is now, of the kind that is recorded; empty where there is none."""
-    try:
-        if name == RECORD:
+    """The hash of a file as it is now, of the kind that is recorded; empty where there is none.
+    Refuses a kind that this version does not know."""
+    if name == RECORD:
+        try:
             said = read_json(folder / RECORD)
-            return _hash_of({key: value for key, value in said.items() if key != WRITTEN})
+        except QlabError:
+            return ""
+        return _hash_of({key: value for key, value in said.items() if key != WRITTEN})
+    try:
         return digest_of(folder / name, like=recorded)
-    except (OSError, QlabError):
+    except OSError:
         return ""
 
 

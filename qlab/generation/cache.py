@@ -18,7 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from qlab.errors import warn
 from qlab.generation.coded import Coders, Codes, Numbers, Shapes, Slots, coders_of
+from qlab.lowering.around.coded_tokens import why_not
 
 States = list[Any]  # the cache's layer objects of one request, in which recurrent states are
 
@@ -46,6 +48,8 @@ def layers_of(model: PreTrainedModel, shapes: Shapes) -> Layers:
     """What a model stores of a token: codes where its attentions round keys and values."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     coders = coders_of(model, shapes)
+    if coders and model.device.type == "cpu" and why_not() is not None:
+        warn(f"new tokens of a rounded cache are slow: {why_not()}")
     return Layers(shapes=shapes, dtype=dtype, device=model.device, coders=coders)
 
 

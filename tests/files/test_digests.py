@@ -11,7 +11,7 @@ from qlab.algebra.spec import parse_spec
 from qlab.directories.model_free import quantize_files
 from qlab.directories.verify import verify
 from qlab.driver.quantize import quantize
-from qlab.files import record
+from qlab.files import ownership, record
 from qlab.files.certificate import fingerprint, hash_of
 from qlab.files.checkpoint import open_checkpoint
 from qlab.files.digests import BLOCK, digest_of, hasher
@@ -33,6 +33,12 @@ def test_a_file_has_the_hash_of_its_bytes(size, tmp_path):
 
 def test_a_hash_of_an_unknown_kind_is_refused():
     refused(lambda: hasher("md5:0"), "the hash 'md5:0' is of the kind 'md5'", "the version of qlab")
+
+
+def test_a_record_with_such_a_hash_is_no_damage(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("b")
+    monkeypatch.setattr(ownership, "written_files", lambda folder: {"a": "md5:0"})
+    refused(lambda: ownership.damaged(tmp_path), "is of the kind 'md5'", "the version of qlab")
 
 
 @pytest.fixture

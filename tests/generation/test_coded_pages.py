@@ -131,3 +131,11 @@ def test_writing_and_reading_codes_is_one_graph(text):
             t.zero_()
     compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, compiled(k, v), expected))
+
+
+def test_where_no_kernel_codes_new_tokens_a_warning_says_so(monkeypatch):
+    monkeypatch.setattr(module, "why_not", lambda: "there is no compiler")
+    with pytest.warns(
+        UserWarning, match="tokens of a rounded cache are slow: there is no compiler"
+    ):
+        small(rounded("llama", "int8-token"))
