@@ -98,7 +98,6 @@ def _head(model: "Checkpoint") -> str:
 
 def say_cost(pipe: "Pipeline") -> None:
     """Tell what the rounding of a cache costs, if it is rounded."""
-    # other ranks run passes of requests alone
-    cost = pipe.cache_cost() if pipe.group is None else None
+    cost = pipe.cache_cost() if pipe.answers else None
     if cost is not None:
         say(f"qlab: {cost}")

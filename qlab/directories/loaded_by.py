@@ -46,14 +46,21 @@ def refuse_unloadable(model: Checkpoint, target: str, ranks: int = 1) -> None:
 
 
 def _refuse_ranks(model: Checkpoint, target: str, ranks: int) -> None:
-    """Refuse a number of ranks that the model's plan, its heads and its groups do not allow, and
-    inputs that are turned over channels of several ranks, which qlab alone gathers."""
+    """Refuse a number of ranks that the model's plan, its heads and its groups do not allow, what
+    attention reads that is rounded, and inputs that are turned over channels of several ranks, both
+    of which qlab alone is known to divide."""
     skeleton = Skeleton(model, model.dtype)
     try:
         styles = styles_of(skeleton)
         refuse_degree(limits(skeleton, styles), ranks)
     except QlabError as error:
         raise QlabError(f"{model.path}: {error}") from error
+    for extra in model.extras:
+        if extra.attended and extra.applied:
+            raise QlabError(
+                f"{model.path}: {extra.says}, which {target} was not seen to do over several "
+                "ranks; run it on 1"
+            )
     turned = sorted(mixed_inputs(skeleton, styles, ranks))
     if turned:
         raise QlabError(

@@ -7,6 +7,7 @@ comes with qlab (`passage.txt`), so that a start needs no text and no network. T
 first look: two short windows say little of long ones.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,18 +33,20 @@ PASSAGE = Path(__file__).with_name("passage.txt")
 
 @dataclass(frozen=True, kw_only=True)
 class CacheCost:
-    """bytes_of_token: of its keys and values in all layers. share: of what 16 bits take. kl: in
-    nats, the mean over `tokens` tokens."""
+    """bytes_of_token: of its keys and values in all layers, on each of so many ranks. share: of
+    what 16 bits take. kl: in nats, the mean over `tokens` tokens, NaN over none."""
 
     bytes_of_token: int
     share: float
     kl: float
     tokens: int
+    ranks: int = 1
 
     def __str__(self) -> str:
+        where = f" on each of {self.ranks} ranks" if self.ranks > 1 else ""
         return (
-            f"the cache takes {self.bytes_of_token:,} bytes a token, {self.share:.2f} of 16 bits; "
-            f"KL {self.kl:.2g} against a cache without rounding, on {self.tokens} tokens of "
+            f"the cache takes {self.bytes_of_token:,} bytes a token{where}, {self.share:.2f} of 16 "
+            f"bits; KL {self.kl:.2g} against a cache without rounding, on {self.tokens} tokens of "
             f"qlab's {PASSAGE.name}"
         )
 
@@ -80,7 +83,7 @@ def cache_cost(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> CacheCost 
     return CacheCost(
         bytes_of_token=layers.bytes_of_token,
         share=layers.bytes_of_token / plain,
-        kl=sums / tokens,
+        kl=sums / tokens if tokens else math.nan,
         tokens=tokens,
     )
 

@@ -17,6 +17,9 @@ equal structure (`rotate_scores`, `centre_keys`, `kv_clipped`). Without rounding
 changes the function. Keys whose attention caps its scores or has sinks beside them are not centred.
 Scales are fp16 of the first four (8 bits of bf16 would cost a quarter of a step of int8), and fp32
 of KV_... as elsewhere.
+
+Of a model that ranks run together, every rank measures on the heads of all of them, and rounds its
+own as that says (`qlab.lowering.around.divided`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +46,7 @@ from qlab.generation.cache import probed, shapes_of
 from qlab.lowering.around.attended import attend, attentions
 from qlab.lowering.around.attention import use_grouped_attention
 from qlab.lowering.around.coded_heads import refusal
+from qlab.lowering.around.ranks import of_all
 from qlab.methods.hadamard import random_hadamard
 from qlab.methods.inputs import absmax, rounding, static_form
 from qlab.methods.kv import CacheSpec, parse_cache_spec
@@ -129,8 +133,8 @@ def put_cache(
 
     Raises:
         QlabError: a directory that says how its cache is rounded, a model that caches something
-            else than keys and values of each layer, or an attention that transformers runs in code
-            of its own.
+            else than keys and values of each layer, an attention that transformers runs in code of
+            its own, or no tokens for what has to be measured.
     """
     said = [extra.says for extra in checkpoint.extras if extra.attended]
     if said:
@@ -144,6 +148,7 @@ def put_cache(
     turns = {name: _turns(name, place, scheme) for name, place in places.items()}
     seen: dict[str, Tensor] = {}
     if scheme.uses_data:
+        _refuse_no_tokens(ids, scheme)
         attend(model, turns, model.device)
         seen = _seen(model, places, ids)
         if scheme.keys.is_turned:
@@ -169,6 +174,14 @@ def put_cache(
         for name in places
     }
     attend(model, attended, model.device)
+
+
+def _refuse_no_tokens(ids: Sequence[int], scheme: CacheScheme) -> None:
+    if not ids:
+        raise QlabError(
+            f"{scheme.name} is measured on a passage, of which the tokenizer makes no tokens; give "
+            "a --kv-cache that measures nothing, such as int8"
+        )
 
 
 # ------------------------------------------------------------------ where
@@ -316,4 +329,11 @@ def _seen(
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return {where: _of_all_heads(model, where, x_nk) for where, x_nk in seen.items()}
+
+
+def _of_all_heads(model: PreTrainedModel, where: str, x_nk: Tensor) -> Tensor:
+    """What was seen at a wire, of the heads of all ranks."""
+    module: Any = model.get_submodule(where.rpartition(":")[0])
+    ranks = getattr(module, "ranks", None)
+    return x_nk if ranks is None else of_all(x_nk, ranks.passes, [x_nk.shape[1]] * ranks.world)

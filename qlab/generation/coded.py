@@ -58,8 +58,8 @@ class Codes:
 
     def __init__(self, slots: int, heads: int, channels: int, reads: OfHeads, device: torch.device):
         self.coder = Coder(reads.steps, channels)
-        one = torch.zeros(1, heads, 1, channels, dtype=torch.float32, device=device)
-        parts = self.coder.written(one)
+        one = torch.zeros(1, heads * channels, dtype=torch.float32, device=device)
+        parts = self.coder.coded(one)
         self.tensors = tuple(part.new_zeros(slots, *part.shape[1:]) for part in parts)
 
     def write(self, at_n: Tensor, x_bhqd: Tensor) -> None:

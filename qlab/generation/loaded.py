@@ -25,8 +25,10 @@ def loaded(
     activations: Activations | None,
     head: Spec | None,
     group: Group | None,
+    rounds: bool,
 ) -> PreTrainedModel:
-    """The model of a directory, lowered where it is quantized; a rank's part of it in a group."""
+    """The model of a directory, lowered where it is quantized; a rank's part of it in a group.
+    rounds: whether its cache will be rounded, which the directory does not say."""
     is_coded = checkpoint.quantized or checkpoint.extras
     if activations is not None and not is_coded:
         raise QlabError(
@@ -35,7 +37,7 @@ def loaded(
         )
     how: Any = {"activations": activations, "head": head}
     if group is not None:
-        return lower_part(checkpoint, group.device, dtype, ranks=group, **how)
+        return lower_part(checkpoint, group.device, dtype, ranks=group, rounds=rounds, **how)
     if is_coded:
         return lower(checkpoint, device, dtype, **how)
     model: Any = load_whole(checkpoint, dtype)

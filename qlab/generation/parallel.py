@@ -150,6 +150,8 @@ def run_together(group: Group, make: Callable[..., Any]) -> Any:
         return pipe
 
     pipe = group.agreed(made)
+    cost = group.agreed(pipe.cache_cost)  # while all may call the model
+    pipe.cost = None if cost is None else replace(cost, ranks=group.world)
     pipe.group = group
     if group.rank == 0:
         group.lead(pipe.engine)

@@ -143,6 +143,7 @@ class Pipeline:
         self.engine = Engine(model, **engine)
         self._grammars: Grammars | None = None
         self.group: Group | None = None  # the ranks that run the model together, if there are some
+        self.cost: CacheCost | None = None  # of the rounding of their cache
 
     @property
     def answers(self) -> bool:
@@ -173,8 +174,9 @@ class Pipeline:
 
     def cache_cost(self) -> CacheCost | None:
         """What the rounding of the cache costs, in bytes and in KL divergence, measured in a second
-        or two while nobody waits for a reply; None where it holds numbers as they are."""
-        return cache_cost(self.engine, self.tokenizer)
+        or two while nobody waits for a reply, and of several ranks at their start; None where it
+        holds numbers as they are."""
+        return cache_cost(self.engine, self.tokenizer) if self.group is None else self.cost
 
     def __call__(self, prompts: Any, *, stop: str | Sequence[str] = (), **settings: Any) -> Any:
         """The reply to a prompt, or the list of replies to several, in their order.
@@ -363,16 +365,11 @@ def pipeline(
     group = joined(device)
     if group is not None and compile != "none":
         warn(f"steps of {group.world} ranks run as they are; compile='none' says so")
-    if group is not None and scheme:
-        raise QlabError(
-            f"--kv-cache {scheme.name} is for one process, and there are {group.world} ranks; "
-            "leave it away, or run one"
-        )
 
     def opened() -> Any:
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         tokenizer = tokenizer_of(checkpoint)
-        ready = loaded(checkpoint, device, dtype, activations, head, group)
+        ready = loaded(checkpoint, device, dtype, activations, head, group, scheme is not None)
         if scheme:
             most = longest(ready, max_length)
             put_cache(ready, checkpoint, scheme, calibration_ids(tokenizer, most))

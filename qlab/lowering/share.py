@@ -54,6 +54,11 @@ class Share:
         """How many channels of a weight a rank has along the axis that is cut."""
         return sum(stop - start for start, stop in self.spans(name, rank))
 
+    def divides(self, attention: str) -> bool:
+        """Whether the heads of an attention are divided, so that a rank has those of its parts."""
+        inside = f"{attention}."
+        return any(s.is_open and name.startswith(inside) for name, s in self.styles.items())
+
     def of_weight(self, name: str, leaf: Leaf) -> tuple[Leaf, Tensor | None]:
         """The part of the weight of a module, or of a fused weight of experts, and which channel of
         its input each column takes, None where that is the order of both."""
@@ -104,10 +109,10 @@ class Share:
             model.get_submodule(owner)._parameters[key] = parts[alike]
 
 
-def shared(skeleton: Skeleton, rank: int, world: int) -> Share:
-    """The share of a rank. Refuses a number of ranks that is not legal, before a weight is
-    loaded."""
-    styles = styles_of(skeleton)
+def shared(skeleton: Skeleton, rank: int, world: int, rounds: bool) -> Share:
+    """The share of a rank. Refuses a number of ranks that is not legal, before a weight is loaded.
+    rounds: as `styles_of` takes it."""
+    styles = styles_of(skeleton, rounds)
     refuse_degree(limits(skeleton, styles), world)
     cut = {name: style for name, style in styles.items() if style.axis is not None}
     sizes = {name: parts_of(skeleton, name, style) for name, style in cut.items()}

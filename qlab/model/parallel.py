@@ -80,8 +80,10 @@ class Limit:
 
 
 # ------------------------------------------------------------------ the plan
-def styles_of(skeleton: Skeleton) -> dict[str, Style]:
+def styles_of(skeleton: Skeleton, rounds: bool = False) -> dict[str, Style]:
     """Name of a module, or of a fused weight of experts -> its style, of all that have one.
+
+    rounds: whether more is rounded at run time than the directory says, such as a cache.
 
     Errors: a model without a plan, one whose plan cuts nothing inside its blocks, a style that qlab
     does not know, or one at what it cannot cut.
@@ -106,15 +108,25 @@ def styles_of(skeleton: Skeleton) -> dict[str, Style]:
         )
     for name, style in styles.items():
         _refuse_uncuttable(model, name, style)
-    # A sum over ranks is rounded in another order: it would move an input to the next code, and
-    # that soon all behind it.
-    rounds = bool(skeleton.checkpoint.inputs)
+    # A sum over ranks is rounded in another order: it would move an input, or a key, to the next
+    # code, and that soon all behind it.
+    checkpoint = skeleton.checkpoint
+    rounds = rounds or bool(checkpoint.inputs) or any(e.attended for e in checkpoint.extras)
     return {
         name: replace(style, axis="o", whole=True)
-        if rounds and style.axis == "k" and style.packed == 1
+        if rounds and style.axis == "k" and style.packed == 1 and _is_module(skeleton, name)
         else style
         for name, style in styles.items()
     }
+
+
+def _is_module(skeleton: Skeleton, name: str) -> bool:
+    """Whether a weight is multiplied by a module of its own, which takes the inputs of all ranks;
+    that of experts is a parameter where it has no codes."""
+    if not skeleton.names.fused(name):
+        return True
+    pieces = skeleton.names.pieces(name)
+    return any(skeleton.checkpoint.quantized.get(piece.module) for piece in pieces)
 
 
 def generic(name: str) -> str:
@@ -192,8 +204,6 @@ def limits(skeleton: Skeleton, styles: Mapping[str, Style]) -> tuple[Limit, ...]
         limits_ranks = style.axis is not None and (style.is_open or name.startswith(inside))
         if limits_ranks and not isinstance(_at(skeleton.model, name), nn.Embedding):
             found |= dict.fromkeys(_limits_of(skeleton, name, style))
-    if any(extra.attended and extra.applied for extra in skeleton.checkpoint.extras):
-        found[Limit("set of scales for what all heads of an attention read", 1)] = None
     return tuple(found)
 
 

@@ -171,6 +171,13 @@ def test_a_model_without_a_plain_cache_is_refused_by_name(family, parts, saved):
     refused(lambda: qlab.pipeline(folder, kv_cache="int8"), *parts)
 
 
+def test_what_is_measured_on_no_tokens_is_refused(saved):
+    folder = saved("llama")
+    put = lambda name: put_cache(dense(folder), qlab.open(folder), cache_scheme(name), [])
+    put("int8")
+    refused(lambda: put("k8v4"), "k8v4", "no tokens", "int8")
+
+
 def test_a_scheme_may_be_a_cache_spec():
     assert cache_scheme("int8-head").keys == cache_scheme("kv_int8_head").keys
     refused(lambda: cache_scheme("int8-b128x128"), "keys and values")

@@ -236,12 +236,14 @@ def test_run_answers_a_file_from_rank_0_alone(made, tmp_path):
     texts = [prose(n, seed=n) for n in (19, 3, 11, 1, 7)]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     words = ["run", path, "--in", prompts, "--dtype", "float32", "--max-tokens", "5"]
+    words += ["--kv-cache", "int8"]
     run_ranks(tmp_path, 2, command, *words, "--out", tmp_path / "two.jsonl", joins=False)
-    with qlab.pipeline(path, dtype=torch.float32) as pipe:
+    with qlab.pipeline(path, dtype=torch.float32, kv_cache="int8") as pipe:
         replies = [reply.text for reply in pipe(texts, max_tokens=5)]
     written = (tmp_path / "two.jsonl").read_bytes().splitlines()
     assert [json.loads(line)["text"] for line in written] == replies
     assert "5 answers" in said(tmp_path, "out0")
+    assert "bytes a token on each of 2 ranks, 0.59 of 16 bits" in said(tmp_path, "err0")
     assert said(tmp_path, "out1") == said(tmp_path, "err1") == ""
     wrong = [*words[:1], made("opt", None, {}), *words[2:], "--out", tmp_path / "none.jsonl"]
     run_ranks(tmp_path, 2, command, *wrong, joins=False)

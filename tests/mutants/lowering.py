@@ -212,6 +212,22 @@ MUTANTS = [
         "generation/cache_schemes",
     ),
     Mutant(
+        "a scale of all heads of a token is that of the heads of a rank",
+        "lowering/around/divided.py",
+        "of_rank",
+        "(Ends(channels, ranks.passes), op)",
+        "(op,)",
+        "generation/parallel_caches",
+    ),
+    Mutant(
+        "every rank has the stored scales of the first heads",
+        "lowering/around/divided.py",
+        "_own",
+        "ranks.rank",
+        "0",
+        "generation/parallel_caches",
+    ),
+    Mutant(
         "columns that fill a group repeat a channel",
         "lowering/share.py",
         "of_channels",

@@ -145,6 +145,11 @@ def test_what_is_rounded_at_run_time_is_refused_where_an_engine_does_not(made):
     extra = replace(model, inputs={}, extras=cached(model))
     refuse_unloadable(extra, "sglang")
     refused(lambda: refuse_unloadable(extra, "lmdeploy"), "keys are rounded", "does not do")
+    read = replace(
+        extra, extras=tuple(replace(e, applied=True, attended=True) for e in cached(model))
+    )
+    refuse_unloadable(read, "vllm")
+    refused(lambda: refuse_unloadable(read, "vllm", 2), "keys are rounded", "run it on 1")
 
 
 def test_an_engine_that_does_not_build_a_model_is_not_asked_to(made):

@@ -11,6 +11,9 @@ stand around torch's, around that of single tokens, and around those that are wr
 Every token is rounded by itself, so that a token becomes the same numbers in every step, and no
 number is rounded twice. A cache that holds codes (one that `decodes`) did all of f when a token was
 written; of others each step rounds all that it reads.
+
+f and g are said of all heads. An attention that knows its `ranks` has some of the heads, and does
+what is said of these (`qlab.lowering.around.divided`).
 """
 
 import inspect
@@ -33,6 +36,7 @@ from qlab.lowering.around import attention as one_token
 from qlab.lowering.around.coded_layer import decoded_of
 from qlab.lowering.around.coded_tokens import Coder
 from qlab.lowering.around.coded_tokens import refusal as refusal_as_codes
+from qlab.lowering.around.divided import Ends, of_rank
 from qlab.lowering.around.hadamard import rotation
 from qlab.lowering.around.inputs import RoundedInput
 from qlab.model.skeleton import Skeleton
@@ -78,7 +82,7 @@ class OfHeads(nn.Module):
         rows = x.transpose(1, 2).reshape(b * n, h * d)
         for step in self.steps:
             rows = step(rows)
-        return rows.view(b, n, h, d).transpose(1, 2)
+        return rows[:, : h * d].view(b, n, h, d).transpose(1, 2)
 
 
 def attend(model: PreTrainedModel, attended: Attended, device: torch.device) -> None:
@@ -98,8 +102,9 @@ def attend(model: PreTrainedModel, attended: Attended, device: torch.device) -> 
     model.set_attn_implementation(around)
     keep_written_out(model)
     for name, by_kind in found.items():
-        reads = {kind: OfHeads(f"{name}:{kind}", ops, device) for kind, ops in by_kind.items()}
         module: Any = model.get_submodule(name)
+        here = {kind: _here(module, kind, ops) for kind, ops in by_kind.items()}
+        reads = {kind: OfHeads(f"{name}:{kind}", ops, device) for kind, ops in here.items()}
         if not hasattr(module, "reads"):
             module.register_forward_pre_hook(_before, with_kwargs=True)
         module.reads, module.decoded = nn.ModuleDict(reads), ()
@@ -109,6 +114,15 @@ def attend(model: PreTrainedModel, attended: Attended, device: torch.device) -> 
     has_own = all(getattr(module, "layer_idx", layers) < layers for module in modules)
     for module in modules:
         module.coders = _coders(module) if has_own else {}
+
+
+def _here(module: Any, kind: str, ops: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The operations on the heads that an attention has here."""
+    ranks, channels = getattr(module, "ranks", None), channels_of(module)
+    if ranks is None:
+        return ops
+    of_head = channels["value" if kind == OUTPUT else kind]
+    return tuple(part for op in ops for part in of_rank(op, ranks, of_head))
 
 
 def _coders(module: Any) -> dict[str, Coder]:
@@ -224,11 +238,13 @@ def channels_of(module: nn.Module) -> dict[str, int]:
 
 
 def key_heads_of(module: nn.Module) -> int:
-    """How many heads of keys and values an attention reads. What is cached in another number is
-    something else: a latent, of which it makes them."""
+    """How many heads of keys and values an attention reads here. What is cached in another number
+    is something else: a latent, of which it makes them."""
     config: Any = module.config
     heads = getattr(module, "num_key_value_heads", None)
-    return heads or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = heads or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    ranks = getattr(module, "ranks", None)
+    return heads if ranks is None else heads // ranks.world
 
 
 def refusal(op: Op) -> str | None:
@@ -242,6 +258,8 @@ def refusal(op: Op) -> str | None:
 
 def _module(op: Op, device: torch.device) -> nn.Module:
     """The module of an operation that is not refused."""
+    if isinstance(op, Ends):
+        return op
     if isinstance(op, MatMul):
         return rotation(op.M_nn, device)
     if isinstance(op, Subtract):

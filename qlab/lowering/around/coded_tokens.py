@@ -57,7 +57,12 @@ class Coder:
         x_nk = x_bhnd.transpose(1, 2).flatten(0, 1).flatten(1)
         for step in self.before:
             x_nk = step(x_nk)
-        of, heads = self.rounding, x_bhnd.shape[1]
+        codes, *own = self.coded(x_nk)
+        return [codes[:, : x_bhnd.shape[1]], *own]
+
+    def coded(self, x_nk: Tensor) -> list[Tensor]:
+        """What is rounded, the channels of as many heads as there are, as such tensors."""
+        of, heads = self.rounding, x_nk.shape[1] // self.of_head
         if self._is_kernels(x_nk):
             from qlab_kernels.code_tokens import code
 

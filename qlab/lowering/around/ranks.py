@@ -69,7 +69,7 @@ def _gather(group: Any, widths: list[int]) -> Any:
     """The outputs of all ranks, whose last axis is as wide as it is there."""
 
     def gathered(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-        return _of_all(y, group, widths)
+        return of_all(y, group, widths)
 
     return gathered
 
@@ -78,7 +78,7 @@ def _whole(group: Any, world: int) -> Any:
     """The inputs of all ranks, which have equally many channels."""
 
     def whole(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return _of_all(args[0], group, [args[0].shape[-1]] * world), *args[1:]
+        return of_all(args[0], group, [args[0].shape[-1]] * world), *args[1:]
 
     return whole
 
@@ -93,7 +93,8 @@ def _place(share: Share, name: str) -> Any:
     return placed
 
 
-def _of_all(x: Tensor, group: Any, widths: list[int]) -> Tensor:
+def of_all(x: Tensor, group: Any, widths: list[int]) -> Tensor:
+    """The last axis of all ranks [x_0, x_1, ...]. widths: how wide it is on each."""
     own = F.pad(x, (0, max(widths) - x.shape[-1])).contiguous()
     parts = [torch.empty_like(own) for _ in widths]
     dist.all_gather(parts, own, group=group)
