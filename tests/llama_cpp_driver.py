@@ -1,6 +1,6 @@
 """llama.cpp on one GGUF file, in a process of its own: reads {"texts", "prompts"} as JSON, and
 writes the ids of each text and, for each prompt of ids, the log-probabilities of the next token by
-id."""
+id. With "float32" keys and values are kept as float32, and attention is computed in it."""
 
 import json
 import os
@@ -18,6 +18,10 @@ def main(file: str) -> None:
     params.model.path = file
     params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
     params.cpuparams.n_threads = 1
+    if asked.get("float32"):
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        flash = xllamacpp.llama_flash_attn_type
+        params.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
     told = {
         "ids": [tokenized(server, text) for text in asked.get("texts", [])],
