@@ -7,53 +7,36 @@
 //     block = argmax_c (log sum_{i in c} e_i + noise_c)
 //     token = argmax_{i in block} (log e_i + noise_i)
 //
+// And what is told of tokens, of logits as they are:
+//
+//     log p_i = (x_i - max x) - log sum_j exp(x_j - max x)    in fp64, rounded once to fp32
+//     the likeliest: the greatest x first, of equal ones the first in the row
+//
 // x and t have the reference's bits; sums and exponentials have not. Wherever the answer hangs on less than their errors
 // (two tokens NEAR each other at the edge of a filter, two scores CLOSE to each other, sums CLOSE to the mass of a
-// nucleus), and for numbers that are not finite, the row is UNSURE: the reference has to say. So its token is what comes,
-// always.
+// nucleus), and for rows without a finite greatest number, the row is UNSURE: the reference has to say. So its token is what
+// comes, always.
 //
 // Names: v tokens of the vocabulary, W the numbers of a vector, lane each of them.
 
-#include "bits.h"
+#include "logits.h"
 #include "paths.h"
 
 #include <torch/csrc/stable/c/shim.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <vector>
+#define FUSED __attribute__((optimize("fp-contract=fast")))  // products with sums, where no bits have to be a reference's
 
 namespace {
 
-constexpr int64_t BLOCK = 512;
-constexpr float MAGIC = 12582912.0f;       // 1.5 * 2^23: adding it rounds to an integer
+constexpr float MAGIC = 0x1.8p23f;         // adding it rounds to an integer
+constexpr double DOUBLE_MAGIC = 0x1.8p52;
 constexpr float NEAR = 1e-5f;              // of t: exponentials are off by 2.6e-6 of themselves, torch's by 1e-7
+constexpr float TIED = 5e-7f;              // of t: torch's exponentials may be equal, each off by 1.2e-7 of itself at most
 constexpr float CLOSE = 1e-4f;             // of scores, whose sums and logarithms are off by less than 2e-5
 constexpr float FAR = -44.0f;              // of t: noise lies in [-2.9, 16.7], and no block has 2^10 times its greatest e
+constexpr double LOG2_E = 1.4426950408889634;
 constexpr float LN2 = 0.69314718f, MOST_OF_BLOCK = 6.24f;  // log BLOCK
-enum Kind : int64_t { F32, BF16 };
 enum Answer : int64_t { UNSURE = -1, OUTSIDE = -2 };
-
-typedef float Four __attribute__((vector_size(16)));
-template <int64_t W>
-struct Vectors;                            // of W numbers
-#define VECTORS(W)                                               \
-  template <>                                                    \
-  struct Vectors<W> {                                            \
-    typedef float Floats __attribute__((vector_size(4 * W)));    \
-    typedef int32_t Ints __attribute__((vector_size(4 * W)));    \
-    typedef uint16_t Halves __attribute__((vector_size(2 * W))); \
-  };
-VECTORS(4)
-VECTORS(8)
-VECTORS(16)
-template <int64_t W>
-using Floats = typename Vectors<W>::Floats;
-template <int64_t W>
-using Ints = typename Vectors<W>::Ints;
 
 struct Row {                               // as `draw.py` fills it in
   const void* logits;                      // [v], side by side
@@ -72,41 +55,11 @@ struct Row {                               // as `draw.py` fills it in
   int64_t token;                           // what comes, or an Answer; of an OUTSIDE row, `above` is x of its token
 };
 
-struct Room {                              // of one thread
-  std::vector<float> x;                    // [blocks * BLOCK], -inf behind the last
-  std::vector<float> greatest;             // [blocks * W], over the vectors of a block
-  std::vector<float> best, score, some;    // [blocks], [blocks], a few numbers
+struct Room : Logits {                     // of one thread
+  std::vector<float> score, some;          // [blocks], a few numbers
   std::vector<uint32_t> times;             // [v] of a token so far; all 0 between rows
+  std::vector<int64_t> found;              // a few places
 };
-
-template <int64_t W>
-INLINE Floats<W> all(float x) {
-  return Floats<W>{} + x;
-}
-template <int64_t W>
-INLINE Floats<W> load(const float* from) {
-  Floats<W> x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-template <class V>
-INLINE V greater(V x, V y) {
-  return x > y ? x : y;
-}
-template <class V>
-INLINE float max_of(V x) {
-  Four four[sizeof x / sizeof(Four)];
-  std::memcpy(four, &x, sizeof x);
-  for (const Four& other : four) four[0] = greater(four[0], other);
-  return std::max(std::max(four[0][0], four[0][1]), std::max(four[0][2], four[0][3]));
-}
-template <class V>
-INLINE float sum_of(V x) {
-  Four four[sizeof x / sizeof(Four)], sums = {};
-  std::memcpy(four, &x, sizeof x);
-  for (const Four& other : four) sums += other;
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
 
 // 2^t of t <= 0, and about 2^-100 below that: 2^n p(r) with r in [-1/2, 1/2], p of the least relative error
 template <int64_t W>
@@ -118,45 +71,30 @@ INLINE Floats<W> power(Floats<W> t) {
 }
 
 // ---------------------------------------------------------------- x
-template <int64_t W>
-INLINE void read(const Row& row, int64_t v, Room& room) {
-  float* x = room.x.data();
-  if (row.kind == F32) {
-    std::memcpy(x, row.logits, v * sizeof(float));
-    return;
-  }
-  const uint16_t* from = static_cast<const uint16_t*>(row.logits);
-  int64_t i = 0;
-  for (; i + W <= v; i += W) {
-    typename Vectors<W>::Halves halves;
-    std::memcpy(&halves, from + i, sizeof halves);
-    const Ints<W> bits = __builtin_convertvector(halves, Ints<W>) << 16;
-    std::memcpy(x + i, &bits, sizeof bits);
-  }
-  for (; i < v; i++) x[i] = from_bits(uint32_t(from[i]) << 16);
-}
-
 bool are_tokens(const int64_t* ids, int64_t count, int64_t v) {
   return std::all_of(ids, ids + count, [v](int64_t id) { return id >= 0 && id < v; });
 }
 
+bool repeats(const Row& row) { return row.repetition != 1.0f; }
+bool counts(const Row& row) { return row.presence != 0 || row.frequency != 0; }
+bool is_changed(const Row& row) { return repeats(row) || counts(row) || row.biased_count || row.left_out_count; }
+
 // Penalties, biases, and what is left out. False for ids that are no tokens.
 bool change(const Row& row, int64_t v, Room& room) {
   float* x = room.x.data();
-  const bool repeats = row.repetition != 1.0f, counts = row.presence != 0 || row.frequency != 0;
   if (!are_tokens(row.biased, row.biased_count, v) || !are_tokens(row.left_out, row.left_out_count, v)) return false;
-  if (repeats || counts) {
+  if (repeats(row) || counts(row)) {
     const int64_t *prompt = row.prompt, *fresh = row.fresh;
     if (!are_tokens(prompt, row.prompt_count, v) || !are_tokens(fresh, row.fresh_count, v)) return false;
     uint32_t* times = room.times.data();
     const auto divide = [&](int64_t id) {
-      if (times[id]++ == 0 && repeats) x[id] = x[id] > 0 ? x[id] / row.repetition : x[id] * row.repetition;
+      if (times[id]++ == 0 && repeats(row)) x[id] = x[id] > 0 ? x[id] / row.repetition : x[id] * row.repetition;
     };
     std::for_each(prompt, prompt + row.prompt_count, divide);
     std::for_each(fresh, fresh + row.fresh_count, divide);
     for (int64_t i = 0; i < row.prompt_count; i++) times[prompt[i]] = 0;
     for (int64_t i = 0; i < row.fresh_count; i++) times[fresh[i]] = 0;
-    if (counts) {
+    if (counts(row)) {
       for (int64_t i = 0; i < row.fresh_count; i++) times[fresh[i]]++;
       for (int64_t i = 0; i < row.fresh_count; i++) {
         uint32_t& n = times[fresh[i]];
@@ -170,53 +108,7 @@ bool change(const Row& row, int64_t v, Room& room) {
   return true;
 }
 
-// The greatest numbers of lanes and of blocks; the greatest of all, or NaN where one is.
-template <int64_t W>
-INLINE float most_of(int64_t blocks, Room& room) {
-  Floats<W> odd = {};                         // 1 where a number is NaN
-  float most = -INFINITY;
-  for (int64_t c = 0; c < blocks; c++) {
-    Floats<W> greatest = all<W>(-INFINITY);
-    for (int64_t i = 0; i < BLOCK; i += W) {
-      const Floats<W> x = load<W>(&room.x[c * BLOCK + i]);
-      odd = x == x ? odd : all<W>(1);
-      greatest = greater(x, greatest);
-    }
-    std::memcpy(&room.greatest[c * W], &greatest, sizeof greatest);
-    room.best[c] = max_of(greatest);
-    most = std::max(most, room.best[c]);
-  }
-  return max_of(odd) > 0 ? NAN : most;
-}
-
 // ---------------------------------------------------------------- filters
-// The k-th greatest x. NAN where others are NEAR it, as `slack` of x says.
-template <int64_t W>
-float kth_greatest(int64_t k, float slack, int64_t blocks, Room& room) {
-  std::vector<float>& some = room.some;
-  float least = -INFINITY;
-  const int64_t lanes = blocks * W;
-  const float* greatest = room.greatest.data();
-  if (k <= lanes) {                        // as many numbers are not below the k-th greatest of the lanes' greatest
-    some.assign(greatest, greatest + lanes);
-    std::nth_element(some.begin(), some.begin() + (k - 1), some.end(), std::greater<float>());
-    least = some[k - 1] - slack;
-  }
-  some.clear();
-  for (int64_t lane = 0; lane < lanes; lane++) {
-    if (greatest[lane] < least) continue;
-    const float* x = &room.x[lane / W * BLOCK + lane % W];
-    for (int64_t i = 0; i < BLOCK; i += W)
-      if (x[i] >= least) some.push_back(x[i]);
-  }
-  std::nth_element(some.begin(), some.begin() + (k - 1), some.end(), std::greater<float>());
-  const float kth = some[k - 1];
-  const bool is_near = std::any_of(some.begin(), some.end(), [kth, slack](float x) {
-    return x != kth && std::abs(x - kth) <= slack;
-  });
-  return is_near && kth != -INFINITY ? NAN : kth;
-}
-
 struct Scale {
   float most, per_t;
   float kth, low;                          // the least x that top_k keeps, and the least that may be drawn
@@ -237,37 +129,64 @@ Scale scale_of(const Row& row, float most, float kth) {
   return s;
 }
 
+// The k-th greatest x. NAN where a lesser one is TIED with it.
+template <int64_t W>
+INLINE float kept_least(int64_t k, float most, float per_t, Room& room) {
+  Ranked found;
+  if (are_few<W>(k, room)) {
+    std::vector<float>& some = room.some;
+    some.clear();
+    each_not_below<W>(bound<W>(k, most, room) - NEAR / per_t, room, [&](int64_t i) { some.push_back(room.x[i]); });
+    some.resize((some.size() + W - 1) / W * W, -INFINITY);
+    found = ranked<W>(k, most, some.data(), some.size());
+  } else found = ranked<W>(k, most, room);
+  // what is greater than the k-th is as likely at least, and kept
+  const float t = (found.kth - most) * per_t, next = (found.next - most) * per_t;
+  return t - next <= TIED ? NAN : found.kth;
+}
+
 struct Sums {
   float kept, mass;                        // of a block: what may be drawn, and what top_k keeps
-  bool is_near;                            // to the least of min_p
 };
 
 template <int64_t W>
 INLINE Sums sums_of(const float* from, const Scale& s) {
-  const Floats<W> none = {}, apart = all<W>(-1);
-  Floats<W> kept = none, mass = none, nearest = apart;
+  const Floats<W> none = {};
+  Floats<W> kept = none, mass = none;
   for (int64_t i = 0; i < BLOCK; i += W) {
-    const Floats<W> x = load<W>(from + i), t = s.t(x), e = power<W>(t), off = t - s.least;
+    const auto x = load<Floats<W>>(from + i), e = power<W>(s.t(x));
     mass += x >= s.kth ? e : none;
     kept += x >= s.low ? e : none;
-    nearest = greater(nearest, t < 0.0f ? -greater(off, -off) : apart);
   }
-  return {sum_of(kept), sum_of(mass), max_of(nearest) > -NEAR};
+  return {sum_of(kept), sum_of(mass)};
+}
+
+// Whether a number of a block is NEAR the least of min_p, but for the greatest of all, which is kept.
+template <int64_t W>
+INLINE bool is_near_least(const float* from, const Scale& s) {
+  const Floats<W> apart = all<W>(-1);
+  Floats<W> nearest = apart;
+  for (int64_t i = 0; i < BLOCK; i += W) {
+    const Floats<W> t = s.t(load<Floats<W>>(from + i));
+    nearest = greater(nearest, t < 0.0f ? -size_of(t - s.least) : apart);
+  }
+  return max_of(nearest) > -NEAR;
 }
 
 // The sum of e over tokens that are likelier than one of x. Below 0 where another is NEAR it.
 template <int64_t W>
-INLINE double likelier(float than, const Scale& s, int64_t blocks, const Room& room) {
+INLINE double likelier(float than, const Scale& s, const Room& room) {
   const Floats<W> none = {}, apart = all<W>(-1);
   Floats<W> nearest = apart;
   double sum = 0;
-  for (int64_t c = 0; c < blocks; c++) {
+  for (int64_t c = 0; c < room.blocks; c++) {
     if (s.t(room.best[c]) < s.t(than) - NEAR) continue;
     Floats<W> sums = none;
     for (int64_t i = 0; i < BLOCK; i += W) {
-      const Floats<W> x = load<W>(&room.x[c * BLOCK + i]), t = s.t(x), off = t - s.t(than);
+      const auto x = load<Floats<W>>(&room.x[c * BLOCK + i]);
+      const Floats<W> t = s.t(x), off = t - s.t(than);
       sums += x > than ? power<W>(t) : none;
-      nearest = greater(nearest, x == than ? apart : -greater(off, -off));
+      nearest = greater(nearest, x == than ? apart : -size_of(off));
     }
     sum += sum_of(sums);
   }
@@ -284,10 +203,11 @@ int64_t greatest_of(const float* scores, int64_t count) {
 }
 
 template <int64_t W>
-INLINE int64_t drawn(Row& row, int64_t v, int64_t blocks, float most, Room& room) {
+INLINE int64_t drawn(Row& row, int64_t v, float most, Room& room) {
+  const int64_t blocks = room.blocks;
   const bool ranks = row.top_k && row.top_k < v, sums_up = row.mass < 0;
   if (!std::isfinite(row.per_t)) return UNSURE;
-  const float kth = ranks ? kth_greatest<W>(row.top_k, NEAR / row.per_t, blocks, room) : -INFINITY;
+  const float kth = ranks ? kept_least<W>(row.top_k, most, row.per_t, room) : -INFINITY;
   if (std::isnan(kth)) return UNSURE;
   const Scale s = scale_of(row, most, kth);
   float reached = -INFINITY;               // the score that some block has at least
@@ -302,7 +222,7 @@ INLINE int64_t drawn(Row& row, int64_t v, int64_t blocks, float most, Room& room
     const Sums sums = sums_of<W>(&room.x[c * BLOCK], s);
     mass += sums.mass;
     if (is_nobody) continue;
-    if (sums.is_near) return UNSURE;
+    if (s.least != -INFINITY && is_near_least<W>(&room.x[c * BLOCK], s)) return UNSURE;
     if (sums.kept > 0) room.score[c] = std::log(sums.kept) + row.noise[c];
   }
   if (sums_up) row.mass = mass * row.top_p;
@@ -314,7 +234,7 @@ INLINE int64_t drawn(Row& row, int64_t v, int64_t blocks, float most, Room& room
   const int64_t place = greatest_of(scores, BLOCK);
   if (place < 0) return UNSURE;
   if (row.mass != INFINITY) {
-    const double sum = likelier<W>(x[place], s, blocks, room);
+    const double sum = likelier<W>(x[place], s, room);
     if (sum < 0 || std::abs(sum - row.mass) <= CLOSE * row.mass) return UNSURE;
     if (sum >= row.mass) {
       row.above = x[place];
@@ -324,48 +244,126 @@ INLINE int64_t drawn(Row& row, int64_t v, int64_t blocks, float most, Room& room
   return block * BLOCK + place;
 }
 
-int64_t first_of(float most, int64_t blocks, const Room& room) {
-  const int64_t c = std::find(room.best.begin(), room.best.begin() + blocks, most) - room.best.begin();
-  const auto x = room.x.begin() + c * BLOCK;
-  return std::find(x, x + BLOCK, most) - room.x.begin();
+// ---------------------------------------------------------------- what is told of tokens
+struct Told {                              // as `draw.py` fills it in
+  const void* logits;                      // rows of v numbers side by side
+  int64_t kind, stride, v;
+  const int64_t *rows, *tokens, *counts;   // of each answer: its row, whose log-probability, of how many likeliest ones
+  int64_t most;                            // of the counts
+  float* own;                              // of each token; NaN where the reference has to say
+  int64_t* places;                         // [most] of each, the likeliest first, of equal ones the first in the row
+  float* logprobs;                         // [most] of each
+};
+
+// 2^t of t <= 0, off by 3e-12 of itself, and 2^-1000 below that
+template <int64_t W>
+INLINE Doubles<W> exact_power(Doubles<W> t) {
+  constexpr double P[] = {1, 0.6931471805568324, 0.24022650695888503, 0.055504109063258665, 0.00961812913523614,
+                          0.0013333478473685416, 0.00015403475186530786, 1.5303700711365693e-05, 1.325080551750225e-06};
+  t = t > -1000.0 ? t : Doubles<W>{} - 1000.0;
+  const Doubles<W> n = t + DOUBLE_MAGIC, r = t - (n - DOUBLE_MAGIC), r2 = r * r;
+  Doubles<W> p = Doubles<W>{} + P[8];
+  for (int64_t i = 6; i >= 0; i -= 2) p = p * r2 + (P[i + 1] * r + P[i]);
+  using Longs = typename Vectors<W>::Longs;
+  return (Doubles<W>)((Longs)p + ((Longs)n << 52));
 }
 
+// log sum_i exp(x_i - most): the greatest one is 1, and the others are summed up without it, so that their digits last.
+template <int64_t W>
+INLINE double log_sum(float most, Logits& logits) {
+  float& first = logits.x[first_of(most, logits)];
+  first = -INFINITY;
+  Doubles<W> sums = {};
+  for (int64_t i = 0; i < logits.blocks * BLOCK; i += W / 2) {
+    const auto x = load<typename Vectors<W>::Few>(&logits.x[i]);
+    sums += exact_power<W>((__builtin_convertvector(x, Doubles<W>) - double(most)) * LOG2_E);
+  }
+  first = most;
+  double sum = 0;
+  for (int64_t lane = 0; lane < W / 2; lane++) sum += sums[lane];
+  return std::log1p(sum);
+}
+
+template <int64_t W>
+INLINE void tell(const Told& told, int64_t i, Room& room) {
+  const int64_t token = told.tokens[i], count = told.counts[i], first = told.rows[i] * told.stride;
+  const void* from = static_cast<const char*>(told.logits) + first * (told.kind == F32 ? 4 : 2);
+  const float most = read<W>(from, told.kind, told.v, room);
+  told.own[i] = NAN;
+  if (!std::isfinite(most) || token < 0 || token >= told.v) return;
+  const double sum = log_sum<W>(most, room);
+  const float* x = room.x.data();
+  const auto logprob = [=](int64_t place) { return float((double(x[place]) - most) - sum) + 0.0f; };  // not -0
+  told.own[i] = logprob(token);
+  if (count == 0) return;
+  std::vector<int64_t>& found = room.found;
+  found.clear();
+  each_not_below<W>(bound<W>(count, most, room), room, [&](int64_t place) { found.push_back(place); });
+  std::partial_sort(found.begin(), found.begin() + count, found.end(), [x](int64_t one, int64_t other) {
+    return x[one] > x[other] || x[one] == x[other] && one < other;
+  });
+  for (int64_t j = 0; j < count; j++) {
+    told.places[i * told.most + j] = found[j];
+    told.logprobs[i * told.most + j] = logprob(found[j]);
+  }
+}
+
+// ---------------------------------------------------------------- rows, each by one thread
 struct Job {
   Row* rows;
   int64_t v;
 };
 
 template <int64_t W>
-INLINE void run(void* made, int64_t first, int64_t last) {
-  const Job& job = *static_cast<Job*>(made);
-  const int64_t v = job.v, blocks = (v + BLOCK - 1) / BLOCK;
+INLINE Room& room_of(int64_t v) {
   thread_local Room room;
-  room.x.resize(blocks * BLOCK), room.greatest.resize(blocks * W), room.best.resize(blocks), room.score.resize(blocks);
-  room.times.resize(v);
-  std::fill(room.x.begin() + v, room.x.end(), -INFINITY);
+  room.resize<W>(v), room.score.resize(room.blocks), room.times.resize(v);
+  return room;
+}
+
+template <int64_t W>
+INLINE void run_draws(void* made, int64_t first, int64_t last) {
+  const Job& job = *static_cast<Job*>(made);
+  Room& room = room_of<W>(job.v);
   for (int64_t i = first; i < last; i++) {
     Row& row = job.rows[i];
-    read<W>(row, v, room);
+    float most = read<W>(row.logits, row.kind, job.v, room);
     row.token = UNSURE;
-    if (!change(row, v, room)) continue;
-    const float most = most_of<W>(blocks, room);
+    if (is_changed(row)) most = change(row, job.v, room) ? most_of<W>(room) : NAN;
     if (!std::isfinite(most)) continue;
-    row.token = row.per_t == 0 ? first_of(most, blocks, room) : drawn<W>(row, v, blocks, most, room);
+    row.token = row.per_t == 0 ? first_of(most, room) : drawn<W>(row, job.v, most, room);
   }
 }
 
-void run_portable(int64_t first, int64_t last, void* job) { run<4>(job, first, last); }
-AVX2 void run_avx2(int64_t first, int64_t last, void* job) { run<8>(job, first, last); }
-AVX512 void run_avx512(int64_t first, int64_t last, void* job) { run<16>(job, first, last); }
+template <int64_t W>
+INLINE void run_told(void* made, int64_t first, int64_t last) {
+  const Told& told = *static_cast<Told*>(made);
+  Room& room = room_of<W>(told.v);
+  for (int64_t i = first; i < last; i++) tell<W>(told, i, room);
+}
+
+#define ON_PATHS(NAME, AS)                                                                            \
+  AS void NAME##_portable(int64_t first, int64_t last, void* job) { NAME<4>(job, first, last); }      \
+  AS AVX2 void NAME##_avx2(int64_t first, int64_t last, void* job) { NAME<8>(job, first, last); }     \
+  AS AVX512 void NAME##_avx512(int64_t first, int64_t last, void* job) { NAME<16>(job, first, last); } \
+  void NAME(int64_t count, int64_t path, void* job) {                                                 \
+    const auto run = path == PATH_AVX512 ? NAME##_avx512 : path == PATH_AVX2 ? NAME##_avx2 : NAME##_portable; \
+    torch_parallel_for(0, count, 1, run, job);                                                        \
+  }
+ON_PATHS(run_draws, )
+ON_PATHS(run_told, FUSED)
 
 }  // namespace
 
 extern "C" {
 
-// The tokens of rows of v logits, a row of a thread at a time.
+// The tokens of rows of v logits.
 void qlab_draw(Row* rows, int64_t count, int64_t v, int64_t path) {
   Job job{rows, v};
-  torch_parallel_for(0, count, 1, path == PATH_AVX512 ? run_avx512 : path == PATH_AVX2 ? run_avx2 : run_portable, &job);
+  run_draws(count, path, &job);
 }
+
+// Log-probabilities of tokens, and of the likeliest ones.
+void qlab_tell(Told* told, int64_t count, int64_t path) { run_told(count, path, told); }
 
 }

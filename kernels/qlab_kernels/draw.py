@@ -1,10 +1,13 @@
-"""Tokens of rows of logits on a CPU: `draw.cpp`, which reads each row about twice.
+"""Tokens of rows of logits on a CPU, and what is told of them: `draw.cpp`, which reads each row
+about twice for either.
 
 It computes what the reference (`qlab/generation/drawing.py`) does, and leaves to it the rows whose
-token hangs on the rounding of a sum. So its tokens are the reference's.
+token hangs on the rounding of a sum. So its tokens are the reference's. Its log-probabilities are
+rounded once, from sums in fp64.
 """
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,6 +56,25 @@ class Row(ctypes.Structure):
     )
 
 
+class Told(ctypes.Structure):
+    """What is told of tokens of some rows of logits: for each, its row, its token, and how many of
+    the likeliest ones (`counts`, up to `most`), int64.
+
+    logits: where the numbers of the first row lie, in the dtype of `kind`; those of the next one
+    lie `stride` numbers behind. own: the log-probability of each token, fp32; NaN where the
+    reference has to say. places, logprobs: of the likeliest tokens, int64 and fp32, `most` of each,
+    the likeliest first, and of equal ones the first in the row.
+    """
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("kind", "stride", "v")),
+        *((name, ctypes.c_void_p) for name in ("rows", "tokens", "counts")),
+        ("most", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("own", "places", "logprobs")),
+    )
+
+
 def why_not() -> str | None:
     """Load the kernel. Why there is none, or None."""
     return missing(SOURCE)
@@ -75,3 +97,32 @@ def draw(rows: Sequence[Row], v: int, path: str = "best") -> list[Row]:
     table = (Row * len(rows))(*rows)
     loaded.qlab_draw(table, *map(ctypes.c_int64, (len(rows), v, number)))
     return list(table)
+
+
+def tell(
+    logits_bv: Tensor,
+    rows: Sequence[int],
+    tokens: Sequence[int],
+    counts: Sequence[int],
+    path: str = "best",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-probabilities [r] of tokens of some rows of logits that the kernel takes, NaN where
+    the reference has to say; the likeliest tokens [r, n], of which the first `count` of each are
+    filled in, and theirs. Counts: from 0 to v. path: one of `supported()`, or the best."""
+    loaded, number = on_path(SOURCE, path)
+    r, most = len(rows), max(counts, default=0)
+    asked = [array("q", numbers) for numbers in (rows, tokens, counts)]
+    own = torch.empty(r, dtype=torch.float32)
+    places = torch.empty((r, most), dtype=torch.int64)
+    logprobs = torch.empty((r, most), dtype=torch.float32)
+    told = Told(
+        logits_bv.data_ptr(),
+        DTYPES.index(logits_bv.dtype),
+        logits_bv.stride(0),
+        logits_bv.shape[1],
+        *(numbers.buffer_info()[0] for numbers in asked),
+        most,
+        *(result.data_ptr() for result in (own, places, logprobs)),
+    )
+    loaded.qlab_tell(ctypes.byref(told), *map(ctypes.c_int64, (r, number)))
+    return own, places, logprobs

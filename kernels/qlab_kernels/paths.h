@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#define AVX2 __attribute__((target("avx2")))
-#define AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl")))
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
 
 namespace {
 
@@ -18,5 +18,6 @@ enum Path : int64_t { BEST, PORTABLE, PATH_AVX2, PATH_AVX512 };
 extern "C" int64_t qlab_best_path() {
   __builtin_cpu_init();
   const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return wide ? PATH_AVX512 : __builtin_cpu_supports("avx2") ? PATH_AVX2 : PORTABLE;
+  const bool narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return wide ? PATH_AVX512 : narrow ? PATH_AVX2 : PORTABLE;
 }

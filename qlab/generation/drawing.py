@@ -72,22 +72,46 @@ def in_torch(logits_bv: Tensor, drawings: Sequence[Drawing]) -> list[int]:
     return tokens.tolist()
 
 
+# ------------------------------------------------------------------ what is told of tokens
 def told(logits_bv: Tensor, tokens: Sequence[int], counts: Sequence[int | None]) -> list[Drawn]:
-    """A token of each row with its log-probability, and those of the `count` likeliest; None asks
-    for neither."""
-    drawn = [Drawn(token=token) for token in tokens]
-    asking = [row for row, asked in enumerate(counts) if asked is not None]
-    for rows in (asking[i : i + ROWS] for i in range(0, len(asking), ROWS)):
-        logprobs = logits_bv.new_empty((len(rows), logits_bv.shape[1]), dtype=torch.float32)
-        for of_row, row in zip(logprobs, rows):  # which stays in the processor's cache meanwhile
-            of_row.copy_(logits_bv[row].float().log_softmax(-1))
-        at = torch.tensor([[tokens[row]] for row in rows], dtype=torch.int64)
-        own = logprobs.gather(1, at.to(logprobs.device))[:, 0].tolist()
-        best = likeliest(logprobs, max(counts[row] or 0 for row in rows))
-        for row, logprob, values, places in zip(rows, own, *(part.tolist() for part in best)):
-            pairs = tuple(zip(places, values))[: counts[row]]
-            drawn[row] = Drawn(token=tokens[row], logprob=logprob, likeliest=pairs)
-    return drawn
+    """A token of each row with its log-probability, and those of the `count` likeliest: the
+    likeliest first, of equal logits the first in the row. None asks for neither."""
+    asking = [row for row, count in enumerate(counts) if count is not None]
+    said: dict[int, Drawn] = {}
+    if asking and one_pass.takes(logits_bv):
+        said = one_pass.told(logits_bv, asking, tokens, counts)
+    left = [row for row in asking if row not in said]
+    for rows in (left[i : i + ROWS] for i in range(0, len(left), ROWS)):
+        said |= told_in_torch(logits_bv, rows, tokens, counts)
+    return [said.get(row) or Drawn(token=token) for row, token in enumerate(tokens)]
+
+
+def told_in_torch(
+    logits_bv: Tensor, rows: Sequence[int], tokens: Sequence[int], counts: Sequence[int | None]
+) -> dict[int, Drawn]:
+    """Row -> what is told of its token: the tokens that `one_pass` tells, and log-probabilities of
+    a sum in fp32. Those of a row with NaN or an infinite greatest number are NaN."""
+    x_rv = logits_bv[rows].float()
+    logprobs_rv = x_rv.log_softmax(-1)
+    at = torch.tensor([[tokens[row]] for row in rows], dtype=torch.int64)
+    own = logprobs_rv.gather(1, at.to(x_rv.device))[:, 0].tolist()
+    least_r = likeliest(x_rv, max(counts[row] or 1 for row in rows))[:, -1:]
+    row_n, place_n = (~(x_rv < least_r)).nonzero(
+        as_tuple=True
+    )  # places ascend; NaN is the greatest
+    by_x = x_rv[row_n, place_n].argsort(descending=True, stable=True)
+    order = by_x[row_n[by_x].argsort(stable=True)]
+    lengths = row_n.bincount(minlength=len(rows)).tolist()
+    places, logprobs = place_n[order], logprobs_rv[row_n[order], place_n[order]]
+    pairs = zip(places.split(lengths), logprobs.split(lengths))
+    return {
+        row: Drawn(
+            token=tokens[row],
+            logprob=logprob,
+            likeliest=tuple(zip(*(part[: counts[row]].tolist() for part in of_row))),
+        )
+        for row, logprob, of_row in zip(rows, own, pairs)
+    }
 
 
 # ------------------------------------------------------------------ what changes logits
@@ -183,7 +207,7 @@ def keep(e_bv: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """
     by_rank = [row for row, s in enumerate(samplings) if 0 < s.top_k < e_bv.shape[1]]
     if by_rank:
-        best_bn, _ = likeliest(_rows(e_bv, by_rank), max(samplings[row].top_k for row in by_rank))
+        best_bn = likeliest(_rows(e_bv, by_rank), max(samplings[row].top_k for row in by_rank))
         ranks = [samplings[row].top_k - 1 for row in by_rank]
         least_b = e_bv.new_zeros(len(e_bv))
         least_b[by_rank] = best_bn[[*range(len(by_rank))], ranks]
@@ -223,28 +247,17 @@ def _of_blocks(x_bcn: Tensor, block_b: Tensor) -> Tensor:
     return x_bcn[torch.arange(len(x_bcn), device=x_bcn.device), block_b]
 
 
-def likeliest(x_bv: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` greatest numbers of each row, the greatest first, and their places in the row."""
+def likeliest(x_bv: Tensor, count: int) -> Tensor:
+    """The `count` greatest numbers of each row, the greatest first. They are among those of the
+    `count` groups with the greatest maxima; a group is every so many-th number."""
     groups = x_bv.shape[1] // GROUP
     if count >= groups:
-        best = x_bv.topk(min(count, x_bv.shape[1]))
-        return best.values, best.indices
-    inside, group_bm = _of_greatest_groups(x_bv, count)
-    first = torch.arange(GROUP, device=x_bv.device)[:, None] * groups
-    places = (first + group_bm[:, None]).flatten(1)
-    even = groups * GROUP
-    rest = torch.arange(even, x_bv.shape[1], device=x_bv.device).expand(len(x_bv), -1)
-    best = torch.cat([inside, x_bv[:, even:]], 1).topk(count)
-    return best.values, torch.cat([places, rest], 1).gather(1, best.indices)
-
-
-def _of_greatest_groups(x_bv: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The numbers [b, GROUP * count] of the `count` groups with the greatest maxima, among which
-    the `count` greatest numbers are, and those groups. A group is every so many-th number."""
-    groups = x_bv.shape[1] // GROUP
-    x_bng = x_bv[:, : groups * GROUP].unflatten(1, (GROUP, groups))
+        return x_bv.topk(min(count, x_bv.shape[1])).values
+    even_bv, rest_bv = x_bv[:, : groups * GROUP], x_bv[:, groups * GROUP :]
+    x_bng = even_bv.unflatten(1, (GROUP, groups))
     group_bm = x_bng.amax(1).topk(count).indices
-    return x_bng.gather(2, group_bm[:, None].expand(-1, GROUP, -1)).flatten(1), group_bm
+    inside = x_bng.gather(2, group_bm[:, None].expand(-1, GROUP, -1)).flatten(1)
+    return torch.cat([inside, rest_bv], 1).topk(count).values
 
 
 def _rows(x_bv: Tensor, rows: Sequence[int]) -> Tensor:

@@ -1,4 +1,5 @@
-"""Draws on a CPU by a kernel (`qlab_kernels.draw`): the tokens that `drawing.in_torch` draws."""
+"""Draws on a CPU by a kernel (`qlab_kernels.draw`): the tokens that `drawing.in_torch` draws, and
+what `drawing.told_in_torch` tells of them, with log-probabilities that are rounded once."""
 
 import math
 from array import array
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlab.generation.noise import BLOCK, noise
-from qlab.generation.sampling import Drawing
+from qlab.generation.sampling import Drawing, Drawn
 
 LOG2_E = math.log2(math.e)
 
@@ -47,6 +48,28 @@ def tokens(logits_bv: Tensor, drawings: Sequence[Drawing], path: str = "best") -
         left = [i for i in left if rows[i].token == OUTSIDE]
         turn += 1
     return [None if row.token == UNSURE else row.token for row in rows]
+
+
+def told(
+    logits_bv: Tensor,
+    rows: Sequence[int],
+    tokens: Sequence[int],
+    counts: Sequence[int | None],
+    path: str = "best",
+) -> dict[int, Drawn]:
+    """Row of logits that the kernel takes -> what is told of its token, but for the rows of which
+    the reference has to say. path: of the kernel."""
+    from qlab_kernels.draw import tell
+
+    most = [min(counts[row] or 0, logits_bv.shape[1]) for row in rows]
+    results = tell(logits_bv, rows, [tokens[row] for row in rows], most, path)
+    return {
+        row: Drawn(token=tokens[row], logprob=own, likeliest=tuple(zip(places[:count], logprobs)))
+        for row, count, own, places, logprobs in zip(
+            rows, most, *(result.tolist() for result in results)
+        )
+        if not math.isnan(own)
+    }
 
 
 def _noise(drawings: Sequence[Drawing], v: int, turn: int) -> Tensor:

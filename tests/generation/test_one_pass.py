@@ -16,7 +16,7 @@ from qlab.generation.sampling import Drawing, Sampling
 
 VALUES = {
     "temperature": st.sampled_from([0.0, 1e-3, 0.3, 0.7, 1.0, 5.0, 100.0]),
-    "top_k": st.sampled_from([0, 1, 2, 7, 50, 600, 5000]),
+    "top_k": st.sampled_from([0, 1, 2, 7, 50, 300, 600, 2500, 5000]),
     "top_p": st.sampled_from([1.0, 1.0, 0.95, 0.5, 1e-3, 1e-300, 1 - 1e-9]),
     "min_p": st.sampled_from([0.0, 0.0, 1e-30, 0.01, 0.3, 1.0]),
     "repetition_penalty": st.sampled_from([1.0, 1.3, 0.5]),
@@ -83,6 +83,7 @@ def test_many_tokens_that_are_unlikely_come_as_often_as_one_that_is_likely():
     [
         {},
         {"top_k": 40},
+        {"top_k": 2000},
         {"top_p": 0.9},
         {"min_p": 0.05},
         {"top_p": 0.5, "top_k": 600},

@@ -116,6 +116,22 @@ MUTANTS = [
         "generation/one_pass",
     ),
     Mutant(
+        "of every token as many others are told as of the one that asks for most",
+        "generation/one_pass.py",
+        "told",
+        "zip(places[:count], logprobs)",
+        "zip(places, logprobs)",
+        "generation/told",
+    ),
+    Mutant(
+        "the likeliest tokens are told in any order where no kernel tells them",
+        "generation/drawing.py",
+        "told_in_torch",
+        "place_n[order], logprobs_rv[row_n[order], place_n[order]]",
+        "place_n, logprobs_rv[row_n, place_n]",
+        "generation/told",
+    ),
+    Mutant(
         "codes of a cache are rounded again by each step",
         "generation/cache.py",
         "decodes",
