@@ -67,7 +67,7 @@ class Codes:
             slots.index_put_((at_n,), part)
 
     def read(self, at_bl: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.coder.read([slots[at_bl] for slots in self.tensors], dtype)
+        return self.coder.read_at(self.tensors, at_bl, dtype)
 
 
 def coders_of(model: PreTrainedModel, shapes: Shapes) -> Coders:

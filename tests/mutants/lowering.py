@@ -150,9 +150,9 @@ MUTANTS = [
     Mutant(
         "stored scales of the heads of a cache are those of its first",
         "lowering/around/coded_tokens.py",
-        "read",
-        "t.view(1, 1, -1, 1)",
-        "t.view(1, 1, -1, 1)[:, :, :1]",
+        "Coder._parts",
+        "t.view(of_heads)",
+        "t.view(of_heads)[..., :1, :]",
         "generation/coded_pages",
     ),
     Mutant(

@@ -4,9 +4,9 @@
     read:   (codes - z) * s
 
 f, s and z are those of the attention (`qlab.lowering.around.attended`), so that it reads what it
-would make of each token itself. One operator writes, on a CPU that of `qlab_kernels.code_tokens`
-where this machine compiles it; reading is plain torch, which a compiler joins with what gathers the
-tokens.
+would make of each token itself. One operator writes, and one reads out of slots: on a CPU those of
+`qlab_kernels.code_tokens` and `qlab_kernels.read_tokens`, where this machine compiles them.
+Elsewhere reading is plain torch, which a compiler joins with what gathers the tokens.
 """
 
 from collections.abc import Sequence
@@ -96,18 +96,43 @@ class Coder:
 
     def read(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """What was written, as tensors [b, n, ...] -> x [b, h, n, d]."""
+        codes, scales, zeros = self._parts(parts, (1, 1, -1, 1))
+        codes = codes.view(torch.float8_e4m3fn) if self.is_float else codes
+        return decoded(codes, scales, zeros, dtype, self.channels).transpose(1, 2)
+
+    def read_at(self, slots: Sequence[Tensor], at_bl: Tensor, dtype: torch.dtype) -> Tensor:
+        """What was written to slots, as tensors [slots, ...], of those at [b, l] -> x [b, h, l,
+        d]."""
+        from qlab_kernels.read_tokens import read, takes
+
+        parts = self._parts(slots, (1, -1, 1))
+        if not (is_plain(slots[0]) and takes(*parts, dtype) and why_not_read() is None):
+            return self.read([part[at_bl] for part in slots], dtype)
+        form: Any = {"channels": self.of_head, "is_float": self.is_float}
+        return read(*parts, at_bl, dtype, **form).transpose(1, 2)
+
+    def _parts(
+        self, parts: Sequence[Tensor], of_heads: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scales and zero points. of_heads: the shape of those that are fixed beforehand."""
         codes, *own = parts
         given = (self.rounding.scales, self.rounding.zeros)
-        scales, *zeros = own or [t.view(1, 1, -1, 1) for t in given if t is not None]
-        codes = codes.view(torch.float8_e4m3fn) if self.is_float else codes
-        x_bnhd = decoded(codes, scales, zeros[0] if zeros else None, dtype, self.channels)
-        return x_bnhd.transpose(1, 2)
+        scales, *zeros = own or [t.view(of_heads) for t in given if t is not None]
+        return codes, scales, zeros[0] if zeros else None
 
 
 @torch.compiler.assume_constant_result
 def why_not() -> str | None:
-    """Why there is no kernel here; None where there is one."""
+    """Why there is no kernel that writes here; None where there is one."""
     from qlab_kernels.code_tokens import why_not
+
+    return why_not()
+
+
+@torch.compiler.assume_constant_result
+def why_not_read() -> str | None:
+    """Why there is no kernel that reads here; None where there is one."""
+    from qlab_kernels.read_tokens import why_not
 
     return why_not()
 
