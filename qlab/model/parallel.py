@@ -111,7 +111,8 @@ def styles_of(skeleton: Skeleton, rounds: bool = False) -> dict[str, Style]:
     # A sum over ranks is rounded in another order: it would move an input, or a key, to the next
     # code, and that soon all behind it.
     checkpoint = skeleton.checkpoint
-    rounds = rounds or bool(checkpoint.inputs) or any(e.attended for e in checkpoint.extras)
+    says = any(extra.attended and extra.applied for extra in checkpoint.extras)
+    rounds = rounds or says or bool(checkpoint.inputs)
     return {
         name: replace(style, axis="o", whole=True)
         if rounds and style.axis == "k" and style.packed == 1 and _is_module(skeleton, name)
