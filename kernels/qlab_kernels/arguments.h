@@ -3,10 +3,13 @@
 
 #pragma once
 
+#include "halves.h"
+
 #include <torch/csrc/stable/c/shim.h>
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 namespace {
 
@@ -38,6 +41,11 @@ struct Argument {                          // a tensor that the dispatcher hands
   }
 };
 
+// Of a tensor of numbers.
+Kind kind_of(const Argument& x) {
+  return x.dtype() == aoti_torch_dtype_float32() ? F32 : x.dtype() == aoti_torch_dtype_float16() ? F16 : BF16;
+}
+
 // A contiguous tensor on the CPU, of numbers that are still to be written.
 template <int64_t AXES>
 AtenTensorHandle empty(const int64_t (&sizes)[AXES], int32_t dtype) {
@@ -58,6 +66,19 @@ char* data_of(AtenTensorHandle handle) {
   void* address = nullptr;
   aoti_torch_get_data_ptr(handle, &address);
   return static_cast<char*>(address);
+}
+
+struct Operator {
+  const char* name;                        // its schema is defined in Python
+  void (*boxed)(StableIValue* stack, uint64_t, uint64_t);
+};
+
+// 0 where torch took all of them.
+int32_t given_to_torch(std::initializer_list<Operator> operators) {
+  TorchLibraryHandle library = nullptr;
+  int32_t failed = aoti_torch_library_init_impl("qlab", "CPU", __FILE__, __LINE__, &library);
+  for (const Operator& each : operators) failed = failed || aoti_torch_library_impl(library, each.name, each.boxed);
+  return failed;
 }
 
 }  // namespace

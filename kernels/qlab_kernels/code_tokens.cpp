@@ -120,10 +120,6 @@ void run(int64_t first, int64_t last, void* made) {
   }
 }
 
-Kind kind_of(int32_t dtype) {
-  return dtype == aoti_torch_dtype_float32() ? F32 : dtype == aoti_torch_dtype_float16() ? F16 : BF16;
-}
-
 float real(StableIValue value) {           // of an argument of torch's type float
   double wide;
   std::memcpy(&wide, &value, sizeof wide);
@@ -137,7 +133,7 @@ void boxed_code_tokens(StableIValue* stack, uint64_t, uint64_t) {
   const Argument x(stack[0]), scales(stack[1]), zeros(stack[2]);
   const int64_t bits = int64_t(stack[5]), levels = int64_t(1) << (bits ? bits - 1 : 0);
   Problem p{};
-  p.x = x.data(), p.kind = kind_of(x.dtype()), p.scale_kind = Kind(int64_t(stack[8]));
+  p.x = x.data(), p.kind = kind_of(x), p.scale_kind = Kind(int64_t(stack[8]));
   p.n = x.size(0), p.heads = int64_t(stack[3]), p.d = x.size(1) / p.heads, p.group = int64_t(stack[4]);
   p.is_float = bits == 0, p.in_pairs = int64_t(stack[6]), p.is_symmetric = int64_t(stack[7]);
   p.qmin = p.is_float ? -448.0f : -float(levels), p.qmax = p.is_float ? 448.0f : float(levels - 1);
@@ -164,9 +160,4 @@ void boxed_code_tokens(StableIValue* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-// Give torch the operator, whose schema is defined in Python. 0 where torch took it.
-extern "C" int32_t qlab_register() {
-  TorchLibraryHandle library = nullptr;
-  const int32_t failed = aoti_torch_library_init_impl("qlab", "CPU", __FILE__, __LINE__, &library);
-  return failed || aoti_torch_library_impl(library, "code_tokens_of_cpu", boxed_code_tokens);
-}
+extern "C" int32_t qlab_register() { return given_to_torch({{"code_tokens_of_cpu", boxed_code_tokens}}); }

@@ -275,7 +275,7 @@ INLINE double log_sum(float most, Logits& logits) {
   first = -INFINITY;
   Doubles<W> sums = {};
   for (int64_t i = 0; i < logits.blocks * BLOCK; i += W / 2) {
-    const auto x = load<typename Vectors<W>::Few>(&logits.x[i]);
+    const auto x = load<typename Vectors<W>::FirstHalf>(&logits.x[i]);
     sums += exact_power<W>((__builtin_convertvector(x, Doubles<W>) - double(most)) * LOG2_E);
   }
   first = most;

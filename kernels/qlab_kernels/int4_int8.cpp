@@ -527,10 +527,6 @@ void multiply(const Input& x, const Weight& w, const Output& y, int64_t path) {
 }
 
 // ---------------------------------------------------------------- as torch's operators
-Kind kind_of(const Argument& x) {
-  return x.dtype() == aoti_torch_dtype_float32() ? F32 : x.dtype() == aoti_torch_dtype_float16() ? F16 : BF16;
-}
-
 Weight weight(const Argument& words, const Argument& scales, const Argument& zeros, int64_t axis, int64_t n, int64_t group) {
   const char* none = zeros.size(0) ? zeros.data() : nullptr;
   return {
@@ -606,13 +602,12 @@ void boxed_grouped_mm(StableIValue* stack, uint64_t, uint64_t) {
 // The fastest path of this processor, as a number of `Path`.
 extern "C" int64_t qlab_best_path() { return best(); }
 
-// Give torch the operators. Their schemas are defined in Python. 0 where torch took them.
 extern "C" int32_t qlab_register() {
-  TorchLibraryHandle library = nullptr;
-  int32_t failed = aoti_torch_library_init_impl("qlab", "CPU", __FILE__, __LINE__, &library);
-  failed = failed || aoti_torch_library_impl(library, "int4_int8_mm", boxed_mm);
-  failed = failed || aoti_torch_library_impl(library, "int4_int8_forward", boxed_mm);
-  failed = failed || aoti_torch_library_impl(library, "int4_int8_pair", boxed_pair);
-  failed = failed || aoti_torch_library_impl(library, "int4_int8_triple", boxed_triple);
-  return failed || aoti_torch_library_impl(library, "int4_int8_grouped_mm", boxed_grouped_mm);
+  return given_to_torch({
+    {"int4_int8_mm", boxed_mm},
+    {"int4_int8_forward", boxed_mm},
+    {"int4_int8_pair", boxed_pair},
+    {"int4_int8_triple", boxed_triple},
+    {"int4_int8_grouped_mm", boxed_grouped_mm},
+  });
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "bits.h"
+#include "vectors.h"
 
 #include <algorithm>
 #include <cfloat>
@@ -20,21 +21,6 @@ constexpr int64_t BLOCK = 512;
 enum Kind : int64_t { F32, BF16 };
 
 typedef float Four __attribute__((vector_size(16)));
-template <int64_t W>
-struct Vectors;                            // of W numbers; of doubles, as many as are as wide
-#define VECTORS(W)                                               \
-  template <>                                                    \
-  struct Vectors<W> {                                            \
-    typedef float Floats __attribute__((vector_size(4 * W)));    \
-    typedef int32_t Ints __attribute__((vector_size(4 * W)));    \
-    typedef uint16_t Halves __attribute__((vector_size(2 * W))); \
-    typedef float Few __attribute__((vector_size(2 * W)));       \
-    typedef double Doubles __attribute__((vector_size(4 * W)));  \
-    typedef int64_t Longs __attribute__((vector_size(4 * W)));   \
-  };
-VECTORS(4)
-VECTORS(8)
-VECTORS(16)
 template <int64_t W>
 using Floats = typename Vectors<W>::Floats;
 template <int64_t W>

@@ -15,6 +15,7 @@
 
 #include "halves.h"
 #include "paths.h"
+#include "vectors.h"
 
 #include <atomic>
 #include <cstdint>
@@ -37,22 +38,6 @@ constexpr int32_t PARTNERS[4][16] = {
 };
 constexpr uint32_t INFINITE = 0x7f800000;  // the bits of infinity; those of NaN are above
 constexpr int64_t AHEAD = 16;              // groups whose grids are fitted before the first of them is rounded
-
-template <int64_t N>
-struct Vectors;                            // of N numbers
-#define VECTORS(N)                                                  \
-  template <>                                                       \
-  struct Vectors<N> {                                               \
-    typedef float Floats __attribute__((vector_size(4 * N)));       \
-    typedef int32_t Ints __attribute__((vector_size(4 * N)));       \
-    typedef uint16_t Halves __attribute__((vector_size(2 * N)));    \
-    typedef int8_t Bytes __attribute__((vector_size(N)));           \
-    typedef float FirstHalf __attribute__((vector_size(2 * N)));    \
-    typedef double Doubles __attribute__((vector_size(4 * N)));     \
-  };
-VECTORS(4)
-VECTORS(8)
-VECTORS(16)
 
 struct Problem {                           // as `nearest.py` fills it in
   const char* weight;                      // [o, k], channels side by side

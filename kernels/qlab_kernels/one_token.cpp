@@ -292,9 +292,4 @@ void boxed_one_token(StableIValue* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-// Give torch the operator, whose schema is defined in Python. 0 where torch took it.
-extern "C" int32_t qlab_register() {
-  TorchLibraryHandle library = nullptr;
-  const int32_t failed = aoti_torch_library_init_impl("qlab", "CPU", __FILE__, __LINE__, &library);
-  return failed || aoti_torch_library_impl(library, "one_token", boxed_one_token);
-}
+extern "C" int32_t qlab_register() { return given_to_torch({{"one_token", boxed_one_token}}); }

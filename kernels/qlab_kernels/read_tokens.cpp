@@ -89,10 +89,6 @@ struct Runs {
   }
 };
 
-Kind kind_of(int32_t dtype) {
-  return dtype == aoti_torch_dtype_float32() ? F32 : dtype == aoti_torch_dtype_float16() ? F16 : BF16;
-}
-
 // read_tokens_of_cpu(Tensor codes, Tensor scales, Tensor zeros, Tensor at, int channels, int is_float, int is_half, int path)
 // -> Tensor: all contiguous, zeros empty where there are none, is_half where x is bfloat16.
 void boxed_read_tokens(StableIValue* stack, uint64_t, uint64_t) {
@@ -102,7 +98,7 @@ void boxed_read_tokens(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t b = at.size(0), l = at.size(1), rows = scales.size(1), groups = scales.size(2);
   Problem p{};
   p.codes = reinterpret_cast<const uint8_t*>(codes.data());
-  p.scales = scales.data(), p.scale_kind = kind_of(scales.dtype());
+  p.scales = scales.data(), p.scale_kind = kind_of(scales);
   p.zeros = zeros.size(0) ? reinterpret_cast<const int8_t*>(zeros.data()) : nullptr;
   p.at = reinterpret_cast<const int64_t*>(at.data());
   p.heads = codes.size(1), p.width = codes.size(2), p.d = int64_t(stack[4]), p.group = p.d / groups;
@@ -119,9 +115,4 @@ void boxed_read_tokens(StableIValue* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-// Give torch the operator, whose schema is defined in Python. 0 where torch took it.
-extern "C" int32_t qlab_register() {
-  TorchLibraryHandle library = nullptr;
-  const int32_t failed = aoti_torch_library_init_impl("qlab", "CPU", __FILE__, __LINE__, &library);
-  return failed || aoti_torch_library_impl(library, "read_tokens_of_cpu", boxed_read_tokens);
-}
+extern "C" int32_t qlab_register() { return given_to_torch({{"read_tokens_of_cpu", boxed_read_tokens}}); }

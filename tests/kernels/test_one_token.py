@@ -18,6 +18,11 @@ CHANNELS = st.sampled_from([1, 8, 16, 33, 48, 64])
 LENGTHS = st.integers(1, 70)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def loaded():
+    assert why_not() is None
+
+
 def normal(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
