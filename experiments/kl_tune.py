@@ -11,7 +11,7 @@ behind 32 tokens of that text; FOLDER keeps them too.
 METHOD is one of qlab.METHODS, or `thorough`: the recommended one where time is no matter and tokens
 are many. NAME is the step of qlab that tunes, kl_tune (where none is named) or qat_end_to_end, and
 SETTING one of its arguments. FOLDER keeps the solved model, which further runs only tune. Writes
-results/kl-tune-SPEC.json, with NAME in the place of kl-tune.
+results/kl-tune-SPEC.json, with NAME in the place of kl-tune, and METHOD behind SPEC if it is given.
 """
 
 import json
@@ -31,6 +31,7 @@ from qlab.evaluation.perplexity import read
 from qlab.methods import stages
 
 LENGTH, BEGUN = 512, 32  # tokens of a window, and those of the text that a written one begins with
+TEXT = [demo_text("calibration")]
 spec, folder = qlab.parse_spec(sys.argv[1]), Path(sys.argv[2])
 solved_on, tuned_on = int(sys.argv[3]), int(sys.argv[4])
 pairs = dict(argument.split("=") for argument in sys.argv[5:] if "=" in argument)
@@ -60,8 +61,7 @@ def written(count):
     """Windows that the unquantized model writes behind tokens of the calibration text."""
     kept = folder / f"written-{count}.safetensors"
     if not kept.exists():
-        text = [demo_text("calibration")]
-        begun = qlab.tokens(model, text, samples=count, length=BEGUN, seed=1).ids
+        begun = qlab.tokens(model, TEXT, samples=count, length=BEGUN, seed=1).ids
         plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop_ids": ()}
         with qlab.pipeline(model, rows=96, max_length=LENGTH, compile="block") as pipe:
             ask = partial(pipe.ask, max_tokens=LENGTH - BEGUN, **plain)
@@ -72,13 +72,11 @@ def written(count):
     return load_file(kept)["ids"]
 
 
-text = qlab.first_windows(model, [demo_text("calibration")], length=LENGTH).ids
 wanted = solved_on + tuned_on
-ids = qlab.tokens(
-    model, [demo_text("calibration")], samples=min(wanted, len(text)), length=LENGTH
-).ids
-if wanted > len(text):
-    ids = torch.cat([ids, written(wanted - len(text))])
+of_text = min(wanted, len(qlab.first_windows(model, TEXT, length=LENGTH).ids))
+ids = qlab.tokens(model, TEXT, samples=of_text, length=LENGTH).ids
+if wanted > of_text:
+    ids = torch.cat([ids, written(wanted - of_text)])
 
 
 def as_written(quantized):
@@ -137,5 +135,6 @@ if tuned_on:
         "tuned": after,
     }
     print(record)
-    out = Path(__file__).parent / "results" / f"{step.replace('_', '-')}-{spec}.json"
+    name = f"{step.replace('_', '-')}-{spec}" + f"-{method}" * (method != qlab.RECOMMENDED)
+    out = Path(__file__).parent / "results" / f"{name}.json"
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
