@@ -20,6 +20,7 @@ from qlab.bench.gpu.plan import (
     ROWS,
 )
 from qlab.lowering.tuning.random_weight import random_weight, rounded_once
+from qlab.lowering.weights.integers import is_exact
 
 
 @pytest.fixture
@@ -122,6 +123,8 @@ def product(bench, rival, tokens):
 @pytest.mark.parametrize("rival", ["library", rivals.INT_MM, rivals.SCALED_MM])
 def test_rivals_compute_the_product(rival):
     """On a CPU, where torch has the same operators: `checked` compares with fp32."""
+    if rival == rivals.INT_MM and not is_exact():
+        pytest.skip("this processor's sums of int8 products are not exact")
     result = product(gpu_fakes.running(), rival, [1, 3, 20])
     assert "absent" not in result and "error" not in result, result
     assert [row["m"] for row in result["rows"]] == [1, 3, 20]

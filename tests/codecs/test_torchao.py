@@ -250,6 +250,7 @@ def rounding_configs():
     ]
 
 
+@pytest.mark.skipif(not is_exact(), reason="the library's sums of int8 products are not exact here")
 @pytest.mark.parametrize("i", range(4))
 def test_inputs_are_rounded_as_the_library_rounds_them(i):
     config, spec, inputs = rounding_configs()[i]

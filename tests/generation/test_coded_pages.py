@@ -69,7 +69,7 @@ def at_attentions(monkeypatch, model, **settings):
     """What an engine tells whose pages hold numbers, which attentions round in each step."""
     with monkeypatch.context() as patch:
         patch.setattr(module, "coders_of", lambda model, shapes: {})
-        return told(small(model, **settings))
+        return told(engine := small(model, **settings)), told(engine)
 
 
 @pytest.mark.parametrize("family, text", CASES)
@@ -78,16 +78,15 @@ def test_a_token_becomes_the_numbers_that_its_attention_makes_of_it(family, text
     engine = small(model)
     layers = engine.pool.layers
     assert len(layers.coders) == 2 * len(layers.shapes)
-    expected = at_attentions(monkeypatch, model)
-    assert told(engine) == expected
-    again = told(engine)  # with pages that are known
-    assert [[t for t, _ in r] for r in again] == [[t for t, _ in r] for r in expected]
+    # the second time pages are known, and the passes that are left may have other last bits
+    assert (told(engine), told(engine)) == at_attentions(monkeypatch, model)
 
 
 def test_parts_rows_and_preemption_change_nothing(monkeypatch):
     model = rounded("llama", "int8-token-head")
     for settings in ({"page": 3, "chunk": 7}, {"rows": 1}, {"pages": 7, "reuse": False}):
-        assert told(small(model, **settings)) == at_attentions(monkeypatch, model, **settings)
+        engine = small(model, **settings)
+        assert (told(engine), told(engine)) == at_attentions(monkeypatch, model, **settings)
 
 
 def test_generate_of_the_same_model_says_the_same_before_and_after():
@@ -106,7 +105,7 @@ def test_turned_centred_and_clipped_keys_are_coded_behind_it(monkeypatch):
         return turn, Subtract(torch.linspace(-1, 1, heads * d)), QuantizeClipped(of_heads, 0.9)
 
     model = rounds("llama", ops, lambda heads, d: ops(heads, d)[:1] + ops(heads, d)[2:])
-    expected = at_attentions(monkeypatch, model)
+    expected, _ = at_attentions(monkeypatch, model)
     for mine, theirs in zip(told(small(model)), expected):
         assert [token for token, _ in mine] == [token for token, _ in theirs]
         for (_, a), (_, b) in zip(mine, theirs):
