@@ -2,7 +2,7 @@
 its leaves."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +63,7 @@ def back(
         leaving: the gradients of what leaves it.
         sink: takes the gradients of its dense leaves, if they are asked for.
     """
+    graph, computed = _apart(graph)
     variables = variables_of(_values(graph))
     leaves = _leaves(graph) if sink else {}
     graph = replace(graph, params={**graph.params, **leaves})
@@ -85,7 +86,32 @@ def back(
                     t.grad = None
 
     summed(variables, chosen.parts, chosen.ranks, run)
+    _hand_on(list(computed), [t.grad for t in computed.values()])
     return entering
+
+
+def _apart(graph: ModuleGraph) -> tuple[ModuleGraph, dict[Tensor, Tensor]]:
+    """The segment with variables of its own in the place of tensors that were computed of
+    variables, and what stands in the place of which.
+
+    Gradients are summed there over all windows, and then go once through what was computed. So they
+    do for tensors of at least fp32, in which sums lose little, where these hold no more numbers
+    than what they were computed of: else ranks would tell each other more.
+    """
+    leaves = pytree.tree_leaves(dict(graph.params))
+    computed = {t: t.detach().requires_grad_() for t in leaves if _is_wide_result(t)}
+    if _numbers(computed) > _numbers(variables_of(computed)):
+        return graph, {}
+    params = pytree.tree_map_only(Tensor, lambda t: computed.get(t, t), dict(graph.params))
+    return replace(graph, params=params), computed
+
+
+def _is_wide_result(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.grad_fn is not None and t.itemsize >= torch.float32.itemsize
+
+
+def _numbers(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() for t in tensors)
 
 
 def _values(graph: ModuleGraph) -> list[Any]:

@@ -53,10 +53,9 @@ class Start:
 
     def parameters(self) -> list[Tensor]:
         """V = 0, and a = b = 1 where the ends of ranges are learned."""
-        V = torch.zeros_like(self.W_ok)
-        ends = 0 if self.q.scales.itemsize == 1 else 1 if self.q.zeros is None else 2
-        ones = torch.ones_like(self.q.scales, dtype=torch.float32)
-        return [V, *(ones.clone() for _ in range(ends))]
+        V, *ends = parameter_shapes(self.q)
+        like = {"dtype": torch.float32, "device": self.W_ok.device}
+        return [torch.zeros(V, **like), *(torch.ones(end, **like) for end in ends)]
 
     def rounded(self, parameters: list[Tensor]) -> tuple[Tensor, QTensor]:
         """W' at these parameters, differentiable by straight-through gradients, and its leaf."""
@@ -87,6 +86,12 @@ class Start:
         )
         W_ok = spec.tile.join(W, self.W_ok.shape)
         return W_ok if q.perm is None else W_ok[..., q.perm.argsort()], leaf
+
+
+def parameter_shapes(q: QTensor) -> list[torch.Size]:
+    """The shapes of what is learned of codes: V, and the ends of ranges."""
+    ends = 0 if q.scales.itemsize == 1 else 1 if q.zeros is None else 2
+    return [q.shape, *(q.scales.shape for _ in range(ends))]
 
 
 class _Nearest(torch.autograd.Function):

@@ -22,22 +22,22 @@ from qlab.algebra.learn_whole import Relaxed, Schedule, learner, rounded, vector
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import scales_of
 from qlab.algebra.transform import Transform
-from qlab.methods.auto_round import Start, behind
+from qlab.methods.auto_round import Start, behind, parameter_shapes
 from qlab.methods.kl_tune import moved_vector, with_leaves
 
 NAME = "qat_end_to_end"
 SLOWER = 0.1  # how much of the step of weights, in steps of their scale, the rest takes
 
 
+def _codes(graph: ModuleGraph) -> dict[str, QTensor]:
+    """The codes that are trained, by leaf."""
+    return {name: q for name, q in rounded(graph).items() if graph.params[name] is q}
+
+
 def _starts(graph: ModuleGraph) -> dict[str, Start]:
     """Leaf -> where training of its codes begins."""
-    starts = {}
-    codes = rounded(graph)
-    for site in graph.sites:
-        name = site.weight or ""
-        if isinstance(graph.params[name], QTensor):
-            starts[name] = Start(W_ok=_weight(graph, site, codes[name]), q=codes[name])
-    return starts
+    sites, codes = {site.weight: site for site in graph.sites}, _codes(graph)
+    return {leaf: Start(W_ok=_weight(graph, sites[leaf], q), q=q) for leaf, q in codes.items()}
 
 
 def _weight(graph: ModuleGraph, site: Site, q: QTensor) -> Tensor:
@@ -45,23 +45,23 @@ def _weight(graph: ModuleGraph, site: Site, q: QTensor) -> Tensor:
     return behind(W_ok if support is None else on_support(W_ok, support), q)
 
 
-def _names(graph: ModuleGraph, leaf: str, start: Start) -> list[str]:
-    """The names of what is learned of one weight: V, and the ends of its ranges."""
-    return [f"{graph.path}.{leaf} {i}" for i in range(len(start.parameters()))]
+def _of_leaf(graph: ModuleGraph, leaf: str, q: QTensor) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of what is learned of one weight: V, and the ends of its ranges."""
+    shapes = enumerate(parameter_shapes(q))
+    return {f"{graph.path}.{leaf} {i}": tuple(shape) for i, shape in shapes}
 
 
 def _parameters(
-    graph: ModuleGraph, leaf: str, start: Start, moves: Mapping[str, Tensor]
+    graph: ModuleGraph, leaf: str, q: QTensor, moves: Mapping[str, Tensor]
 ) -> list[Tensor]:
-    V, *ends = (moves[name] for name in _names(graph, leaf, start))
+    V, *ends = (moves[name] for name in _of_leaf(graph, leaf, q))
     return [V, *(1 + SLOWER * end for end in ends)]
 
 
 def _shapes(graph: ModuleGraph) -> dict[str, tuple[int, ...]]:
     shapes = {f"{graph.path}.{name}": tuple(v.shape) for name, v in vectors(graph).items()}
-    for leaf, start in _starts(graph).items():
-        of_leaf = zip(_names(graph, leaf, start), start.parameters())
-        shapes |= {name: tuple(p.shape) for name, p in of_leaf}
+    for leaf, q in _codes(graph).items():
+        shapes |= _of_leaf(graph, leaf, q)
     return shapes
 
 
@@ -76,7 +76,7 @@ def _vectors_now(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> dict[str, T
 def _moved(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> ModuleGraph:
     leaves: dict[str, Any] = dict(_vectors_now(graph, moves))
     for leaf, start in _starts(graph).items():
-        W_ok, _ = start.rounded(_parameters(graph, leaf, start, moves))
+        W_ok, _ = start.rounded(_parameters(graph, leaf, start.q, moves))
         # a sum is [o, k] in every layout of a program
         leaves[leaf] = Sum((W_ok,))
     return with_leaves(graph, leaves)
@@ -85,7 +85,7 @@ def _moved(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> ModuleGraph:
 def _stored(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> dict[str, Any]:
     leaves: dict[str, Any] = dict(_vectors_now(graph, moves))
     for leaf, start in _starts(graph).items():
-        _, leaves[leaf] = start.rounded(_parameters(graph, leaf, start, moves))
+        _, leaves[leaf] = start.rounded(_parameters(graph, leaf, start.q, moves))
     return leaves
 
 
