@@ -24,9 +24,7 @@ from qlab.driver.sites import Sites
 from qlab.model.skeleton import Skeleton
 
 FP32 = 4  # bytes of a number
-# of logits [l, v] in fp32 that a loss and its gradient hold; of a divergence from the reference the
-# logits, both logarithms of probabilities, and three on the way to their sum
-LOGITS, LOGITS_OF_BOTH = 4, 6
+LOGITS = 4  # of logits [l, v] in fp32 that a loss and its gradient hold
 LEARNED = 4  # numbers in files for each that is learned: how far it moved, two moments, the best
 BACKWARD = 2  # times forward: the work of a pass backward
 
@@ -132,8 +130,7 @@ class Running:
             "block": block * of.copies,
             "activations": activations * (1 + BACKWARD if of.backward else 1),
         }
-        each = LOGITS_OF_BOTH if of.kept else LOGITS
-        yield {**throughout, "logits": each * FP32 * self.tokens * self._vocabulary()}
+        yield {**throughout, "logits": LOGITS * FP32 * self.tokens * self._vocabulary()}
 
     def _once_more(self, of: Foreseen) -> int:
         """The bytes of what lies around the blocks in bfloat16, where the model runs in that."""

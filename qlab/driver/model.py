@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlab.algebra.divergence import kl_divergence
 from qlab.algebra.frame import in_frame
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.running import select
@@ -201,10 +202,7 @@ class Model:
         def loss(logits: Tensor, window: int) -> Tensor:
             with torch.no_grad(), reference._placed({}):
                 target = reference._head(self._windows[window], finals[window])[0, :-1]
-                log_p = target.float().log_softmax(-1)
-                del target  # as large as all logits of a window
-            log_q = logits[:-1].log_softmax(-1)
-            return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+            return kl_divergence(logits, target)
 
         return loss
 
