@@ -20,6 +20,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -343,16 +344,22 @@ AVX512 bool round_avx512(Problem p) { return run<16>(p); }
 
 extern "C" {
 
-// 0 where all is rounded, 1 where the reference has to say. Parts of the rows are rounded by so many threads.
+// 0 where all is rounded, 1 where the reference has to say. Parts of the rows are rounded by so many threads, or by
+// fewer where the system has no more: the calling one rounds what no other took.
 int32_t qlab_round(const Problem* problem, int64_t path, int64_t threads) {
   const auto round_rows = path == PATH_AVX512 ? round_avx512 : path == PATH_AVX2 ? round_avx2 : round_portable;
   const int64_t parts = (problem->o + problem->rows - 1) / problem->rows, each = (parts + threads - 1) / threads;
   std::atomic<bool> fits{true};
+  const auto round_from = [=, &fits](int64_t first) { if (!round_rows(rows_of(*problem, first, each))) fits = false; };
   std::vector<std::thread> others;
-  for (int64_t first = each; first < parts; first += each) {
-    others.emplace_back([=, &fits] { if (!round_rows(rows_of(*problem, first, each))) fits = false; });
+  others.reserve(threads);
+  int64_t taken = each;
+  try {
+    for (; taken < parts; taken += each) others.emplace_back(round_from, taken);
+  } catch (const std::exception&) {
   }
-  if (!round_rows(rows_of(*problem, 0, each))) fits = false;
+  round_from(0);
+  for (; taken < parts; taken += each) round_from(taken);
   for (std::thread& other : others) other.join();
   return !fits;
 }

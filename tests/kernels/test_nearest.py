@@ -1,6 +1,9 @@
 """Rounding to nearest by the compiled kernel is torch's, bit for bit, on every path; what it does
 not round is left to torch."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -239,3 +242,29 @@ def test_words_and_codes_of_another_dtype_are_left_to_torch(dtype):
     """The kernel would read beyond the end of narrower ones."""
     assert not kernel.unpacks(torch.zeros(1, 8, dtype=dtype), 4)
     assert not kernel.packs(torch.zeros(1, 64, dtype=dtype), 4)
+
+
+REFUSED = """
+import resource
+import torch
+from qlab_kernels import nearest as kernel
+
+drawn = torch.Generator().manual_seed(0)
+W_ok = torch.randn(16, 128, generator=drawn, dtype=torch.float32)
+grid = {"bits": 4, "group": 128, "symmetric": True, "scale_dtype": torch.float32, "rows": 1}
+torch.set_num_threads(1)
+alone = kernel.round_weight(W_ok, **grid)
+torch.set_num_threads(8)
+pages = int(open("/proc/self/statm").read().split()[0])
+most = pages * resource.getpagesize() + (1 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+beside = kernel.round_weight(W_ok, **grid)
+for part in ("codes", "scales", "sums"):
+    assert torch.equal(getattr(alone, part), getattr(beside, part)), part
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another system bounds memory otherwise")
+def test_where_the_system_refuses_threads_fewer_round():
+    """No thread's stack fits into the memory that is left."""
+    subprocess.run([sys.executable, "-c", REFUSED], check=True)
