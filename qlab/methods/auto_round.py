@@ -14,7 +14,6 @@ that they stand for which rounds to them, so that learning begins at those codes
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,13 +27,12 @@ from qlab.algebra.learn import Version, learn
 from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import QTensor, steps
 from qlab.algebra.rounding import outer_scales
-from qlab.algebra.spec import Float, Int, Spec, with_scale_dtype
+from qlab.algebra.spec import Int, Spec, with_scale_dtype
+from qlab.algebra.straight_through import nearest_rounding_to, round_with_offsets
 from qlab.algebra.transform import Transform, costing
 from qlab.algebra.windows import Schedule
 from qlab.errors import QlabError
 from qlab.methods.grid import Grid, encode, minmax
-
-NEAREST = 0.499  # how far, in steps, a weight may lie from its code and still be rounded to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +42,6 @@ class Start:
 
     W_ok: Tensor
     q: QTensor
-
-    @cached_property
-    def zeros(self) -> Tensor | None:
-        """Which weights are 0, if any is."""
-        is_zero = self.W_ok == 0
-        return is_zero if bool(is_zero.any()) else None
 
     def parameters(self) -> list[Tensor]:
         """V = 0, and a = b = 1 where the ends of ranges are learned."""
@@ -69,22 +61,8 @@ class Start:
             scales, zeros = _stored(s, z, q)
             s = _through(s, steps(scales, q.outer, torch.float32))
             z = None if z is None or zeros is None else _through(z, zeros.float())
-        x = spec.tile.split(self.W_ok) / s[..., None]
-        x = x if z is None else x + z[..., None]
-        if self.zeros is not None:
-            # a weight that a mask set to 0 stays 0
-            V_ok = V_ok.masked_fill(self.zeros, 0)
-        V = spec.tile.split(V_ok)
-        x = x + (V * _unit(x.detach(), spec) if isinstance(spec, Float) else V)
-        codes = _Nearest.apply(x, spec)
-        W = (codes if z is None else codes - z[..., None]) * s[..., None]
-        leaf = replace(
-            q,
-            codes=spec.tile.join(codes.detach(), self.W_ok.shape).to(spec.code_dtype),
-            scales=scales,
-            zeros=zeros,
-        )
-        W_ok = spec.tile.join(W, self.W_ok.shape)
+        W_ok, codes = round_with_offsets(self.W_ok, V_ok, s, z, spec)
+        leaf = replace(q, codes=codes, scales=scales, zeros=zeros)
         return W_ok if q.perm is None else W_ok[..., q.perm.argsort()], leaf
 
 
@@ -92,22 +70,6 @@ def parameter_shapes(q: QTensor) -> list[torch.Size]:
     """The shapes of what is learned of codes: V, and the ends of ranges."""
     ends = 0 if q.scales.itemsize == 1 else 1 if q.zeros is None else 2
     return [q.shape, *(q.scales.shape for _ in range(ends))]
-
-
-class _Nearest(torch.autograd.Function):
-    """The numbers of a grid that are nearest to x, with the gradient of x within the ends of the
-    grid, and 0 beyond them, as that of a clamp."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, spec: Spec) -> Tensor:
-        ctx.spec = spec
-        ctx.save_for_backward(x)
-        return spec.nearest_(x.clone())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (x,), (low, high) = ctx.saved_tensors, _limits(ctx.spec)
-        return grads[0].masked_fill((x < low) | (x > high), 0), None
 
 
 def _through(x: Tensor, value: Tensor) -> Tensor:
@@ -136,19 +98,6 @@ def _stored(s: Tensor, z: Tensor | None, q: QTensor) -> tuple[Tensor, Tensor | N
         return scales, None
     z = z.detach() if q.zeros.is_floating_point() else z.detach().round()
     return scales, z.to(q.zeros.dtype)
-
-
-def _limits(spec: Spec) -> tuple[float, float]:
-    return (spec.qmin, spec.qmax) if isinstance(spec, Int) else (-spec.max, spec.max)
-
-
-def _unit(x: Tensor, spec: Spec) -> Tensor:
-    """From one code to the next around x: 1 for integers, for floats by their exponent."""
-    if not isinstance(spec, Float):
-        return torch.ones_like(x)
-    least = 1 - (2 ** (spec.exponent - 1) - 1)  # the exponent of subnormal numbers
-    exponent = (x.abs().clamp_max(spec.max).frexp().exponent - 1).clamp_min(least)
-    return torch.exp2((exponent - spec.mantissa).float())
 
 
 # ------------------------------------------------------------------ where learning begins
@@ -204,14 +153,10 @@ def starts_refining(block: Block) -> dict[str, Start]:
 
 def behind(W_ok: Tensor, q: QTensor) -> Tensor:
     """The weight nearest to W that rounds to the codes of q, in the order of the codes."""
-    spec = q.spec
     W_ok = W_ok if q.perm is None else W_ok[..., q.perm]
-    s = steps(q.scales, q.outer, torch.float32)[..., None]
-    z = 0.0 if q.zeros is None else q.zeros.float()[..., None]
-    codes = spec.tile.split(q.codes.float())
-    reach = NEAREST * _unit(codes, spec) * (0.5 if isinstance(spec, Float) else 1.0)
-    x = torch.minimum(torch.maximum(spec.tile.split(W_ok) / s + z, codes - reach), codes + reach)
-    return spec.tile.join((x - z) * s, W_ok.shape)
+    s = steps(q.scales, q.outer, torch.float32)
+    z = None if q.zeros is None else q.zeros.float()
+    return nearest_rounding_to(q.codes, W_ok, s, z, q.spec)
 
 
 # ------------------------------------------------------------------ learning
