@@ -39,7 +39,7 @@ namespace {
 enum Path : int64_t { BEST, PORTABLE, PATH_AVX2, PATH_VNNI, PATH_AMX };
 
 constexpr int64_t BLOCK = 32, ROWS = 16, QUADS = BLOCK / 4;
-constexpr int64_t CHUNK = 96;              // tokens of one task
+constexpr int64_t CHUNK = 128;             // most tokens of one task
 constexpr int64_t GRAIN = 1 << 16;         // products below which another thread costs more than it gains
 constexpr int64_t AHEAD = 4096;            // bytes of W between what is read and what is fetched
 constexpr float TINY = 1e-30f;
@@ -63,11 +63,15 @@ struct Input {
   int64_t m, k, stride_m, stride_k;        // strides in numbers
 };
 
-struct Tokens {                            // rounded: [m][blocks] of each
+// Rounded: [m / side][blocks][side] of each. The tokens of a tile stand side by side, because rows that are a power of
+// two apart, as those of x often are, share few lines of a cache.
+struct Tokens {
   int8_t* codes;                           // [32] each
   float* scales;
   int32_t* shifts;                         // -offset * sum of the codes
-  int64_t blocks;
+  int64_t blocks, side;
+
+  int64_t at(int64_t t, int64_t b) const { return (t / side * blocks + b) * side + t % side; }
 };
 
 struct Output {
@@ -125,7 +129,7 @@ INLINE void round_tokens(const Input& x, const Tokens& to, int64_t offset, int64
   float values[BLOCK];
   for (int64_t t = begin; t < end; t++)
     for (int64_t b = 0; b < to.blocks; b++) {
-      const int64_t first = b * BLOCK, at = t * to.blocks + b;
+      const int64_t first = b * BLOCK, at = to.at(t, b);
       if (x.stride_k == 1 && first + BLOCK <= x.k)
         load_whole<HALVES>(x.data + (t * x.stride_m + first) * size_of(x.kind), x.kind, values);
       else
@@ -183,7 +187,7 @@ void tile_portable(const Weight& w, int64_t row_block, const Tokens& x, int64_t 
   for (int64_t row = 0; row < ROWS; row++) {
     out[row] = 0;
     for (int64_t b = 0; b < w.blocks; b++) {
-      const int64_t at = t * x.blocks + b, group = (row_block * w.groups() + b / w.group_blocks) * ROWS + row;
+      const int64_t at = x.at(t, b), group = (row_block * w.groups() + b / w.group_blocks) * ROWS + row;
       const uint8_t* block = w.words + (row_block * w.blocks + b) * w.block_bytes();
       int32_t sum = x.shifts[at];
       for (int64_t i = 0; i < BLOCK; i++) sum += code_at(block, w.bits, row, i) * x.codes[at * BLOCK + i];
@@ -217,7 +221,7 @@ AVX2 INLINE __m256i four(const int8_t* codes) {
 
 // The sums of a block for eight rows and MT tokens. block: of the eight rows' first bytes.
 template <int MT, int BITS>
-AVX2 INLINE void dots_avx2(const uint8_t* block, const int8_t* codes, int64_t stride, __m256i* sums) {
+AVX2 INLINE void dots_avx2(const uint8_t* block, const int8_t* codes, __m256i* sums) {
   const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256i low[MT], high[MT];
   for (int t = 0; t < MT; t++) low[t] = high[t] = _mm256_setzero_si256();
@@ -227,7 +231,7 @@ AVX2 INLINE void dots_avx2(const uint8_t* block, const int8_t* codes, int64_t st
     const __m256i lo = _mm256_and_si256(both, low_half);
     const __m256i hi = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_half);
     for (int t = 0; t < MT; t++) {
-      const int8_t* a = codes + t * stride + (BITS == 4 ? 8 : 4) * j;
+      const int8_t* a = codes + t * BLOCK + (BITS == 4 ? 8 : 4) * j;
       low[t] = _mm256_add_epi16(low[t], _mm256_maddubs_epi16(lo, four(a)));
       __m256i& second = BITS == 4 ? low[t] : high[t];
       second = _mm256_add_epi16(second, _mm256_maddubs_epi16(hi, four(BITS == 4 ? a + 4 : a)));
@@ -241,7 +245,7 @@ AVX2 INLINE void dots_avx2(const uint8_t* block, const int8_t* codes, int64_t st
 
 template <int MT, int BITS>
 AVX2 void tile_avx2(const Weight& w, int64_t row_block, const Tokens& x, int64_t first, float* out) {
-  const int64_t bytes = ROWS * BLOCK * BITS / 8, stride = x.blocks * BLOCK;
+  const int64_t bytes = ROWS * BLOCK * BITS / 8;
   for (int half = 0; half < 2; half++) {
     __m256 sums[MT], zeros = _mm256_setzero_ps();
     for (int t = 0; t < MT; t++) sums[t] = _mm256_setzero_ps();
@@ -250,16 +254,15 @@ AVX2 void tile_avx2(const Weight& w, int64_t row_block, const Tokens& x, int64_t
       const __m256 scales = scales_avx2(w, group);
       if (w.zeros) zeros = zeros_avx2(w, group);
       for (int64_t b = g * w.group_blocks; b < (g + 1) * w.group_blocks; b++) {
+        const int64_t at = x.at(first, b);
         __m256i dots[MT];
         dots_avx2<MT, BITS>(
-            w.words + (row_block * w.blocks + b) * bytes + 32 * half,
-            x.codes + first * stride + b * BLOCK, stride, dots);
+            w.words + (row_block * w.blocks + b) * bytes + 32 * half, x.codes + at * BLOCK, dots);
         for (int t = 0; t < MT; t++) {
-          const int64_t at = (first + t) * x.blocks + b;
-          const __m256i shift = _mm256_set1_epi32(x.shifts[at]);
+          const __m256i shift = _mm256_set1_epi32(x.shifts[at + t]);
           __m256 dot = _mm256_cvtepi32_ps(_mm256_add_epi32(dots[t], shift));
           if (w.zeros) dot = _mm256_fmadd_ps(zeros, _mm256_cvtepi32_ps(shift), dot);
-          sums[t] = _mm256_fmadd_ps(_mm256_mul_ps(dot, _mm256_set1_ps(x.scales[at])), scales, sums[t]);
+          sums[t] = _mm256_fmadd_ps(_mm256_mul_ps(dot, _mm256_set1_ps(x.scales[at + t])), scales, sums[t]);
         }
       }
     }
@@ -298,10 +301,10 @@ VNNI INLINE void unpack_vnni(const uint8_t* block, __m512i* quads) {
 template <int MT, int BITS, int P>
 VNNI INLINE void sums_vnni(const Weight& w, int64_t row_block, const Tokens& x, int64_t first, __m512* sums) {
   constexpr int SIDE = MT < 2 ? MT : 2;    // tokens whose products are made side by side, because each waits for itself
-  const int64_t bytes = ROWS * BLOCK * BITS / 8, stride = x.blocks * BLOCK;
-  const int8_t* codes = x.codes + first * stride;
-  const int32_t* shifts = x.shifts + first * x.blocks;
-  const float* x_scales = x.scales + first * x.blocks;
+  const int64_t bytes = ROWS * BLOCK * BITS / 8, side = x.side, start = x.at(first, 0);
+  const int8_t* codes = x.codes + start * BLOCK;
+  const int32_t* shifts = x.shifts + start;
+  const float* x_scales = x.scales + start;
   const uint8_t* block = w.words + row_block * w.blocks * bytes;
   __m512 zeros = _mm512_setzero_ps();
   int64_t b = 0;
@@ -317,14 +320,14 @@ VNNI INLINE void sums_vnni(const Weight& w, int64_t row_block, const Tokens& x, 
       for (int t = 0; t < MT; t += SIDE) {
         UNROLL for (int i = 0; i < SIDE; i++)
           UNROLL for (int p = 0; p < P; p++) {
-            shift[i][p] = _mm512_set1_epi32(shifts[(t + i) * x.blocks + b + p]);
+            shift[i][p] = _mm512_set1_epi32(shifts[(b + p) * side + t + i]);
             dots[i][p] = shift[i][p];
           }
         UNROLL for (int j = 0; j < QUADS; j++)
           UNROLL for (int i = 0; i < SIDE; i++)
             UNROLL for (int p = 0; p < P; p++) {
               int32_t word;
-              std::memcpy(&word, codes + (t + i) * stride + (b + p) * BLOCK + 4 * j, 4);
+              std::memcpy(&word, codes + ((b + p) * side + t + i) * BLOCK + 4 * j, 4);
               dots[i][p] = _mm512_dpbusd_epi32(dots[i][p], quads[p][j], _mm512_set1_epi32(word));
             }
         UNROLL for (int i = 0; i < SIDE; i++) {
@@ -332,7 +335,7 @@ VNNI INLINE void sums_vnni(const Weight& w, int64_t row_block, const Tokens& x, 
           UNROLL for (int p = 0; p < P; p++) {
             __m512 exact = _mm512_cvtepi32_ps(dots[i][p]);
             if (w.zeros) exact = _mm512_fmadd_ps(zeros, _mm512_cvtepi32_ps(shift[i][p]), exact);
-            const __m512 x_scale = _mm512_set1_ps(x_scales[(t + i) * x.blocks + b + p]);
+            const __m512 x_scale = _mm512_set1_ps(x_scales[(b + p) * side + t + i]);
             scaled[p] = p ? _mm512_fmadd_ps(exact, x_scale, scaled[p - 1]) : _mm512_mul_ps(exact, x_scale);
           }
           sums[t + i] = _mm512_fmadd_ps(scaled[P - 1], scales, sums[t + i]);
@@ -360,40 +363,102 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
+constexpr int64_t PIECE = 32;              // blocks of W that are unpacked at a time: they stay in a near cache
+constexpr int64_t ALONG = 16;              // tokens of a tile
+
+struct Strip {                             // blocks of 16 rows, codes signed
+  alignas(64) int8_t codes[PIECE][QUADS * 4 * ROWS];
+  alignas(64) float scales[PIECE][ROWS], zeros[PIECE][ROWS];
+};
+
 template <int BITS>
-AMX void tile_amx(const Weight& w, int64_t row_block, const Tokens& x, int64_t first, float* out) {
-  constexpr int MT = 16;
-  TileShapes shapes;
-  shapes.bytes[0] = 64, shapes.rows[0] = MT;        // sums: [token][row] of 32 bits
-  shapes.bytes[1] = BLOCK, shapes.rows[1] = MT;     // codes of x: [token][32]
-  shapes.bytes[2] = 64, shapes.rows[2] = QUADS;     // codes of W: [quad][row][4]
-  _tile_loadconfig(&shapes);
-  const int64_t bytes = ROWS * BLOCK * BITS / 8, stride = x.blocks * BLOCK;
-  alignas(64) uint8_t quads[QUADS * 4 * ROWS];
-  alignas(64) int32_t dots[MT * ROWS];
-  __m512 sums[MT], zeros = _mm512_setzero_ps();
-  for (int t = 0; t < MT; t++) sums[t] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < w.blocks; b++) {
-    const int64_t group = (row_block * w.groups() + b / w.group_blocks) * ROWS;
-    const __m512 scales = scales_vnni(w, group);
-    if (w.zeros) zeros = zeros_vnni(w, group);
-    __m512i unpacked[QUADS];
-    unpack_vnni<BITS>(w.words + (row_block * w.blocks + b) * bytes, unpacked);
-    for (int j = 0; j < QUADS; j++) _mm512_store_si512(quads + j * 4 * ROWS, unpacked[j]);
-    _tile_zero(0);
-    _tile_loadd(1, x.codes + first * stride + b * BLOCK, stride);
-    _tile_loadd(2, quads, 64);
-    _tile_dpbsud(0, 1, 2);
-    _tile_stored(0, dots, 64);
-    for (int t = 0; t < MT; t++) {
-      const int64_t at = (first + t) * x.blocks + b;
-      const __m512i shift = _mm512_set1_epi32(x.shifts[at]);
-      __m512 exact = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_load_si512(dots + t * ROWS), shift));
-      if (w.zeros) exact = _mm512_fmadd_ps(zeros, _mm512_cvtepi32_ps(shift), exact);
-      sums[t] = _mm512_fmadd_ps(_mm512_mul_ps(exact, _mm512_set1_ps(x.scales[at])), scales, sums[t]);
+AMX INLINE void unpack_strip(const Weight& w, int64_t row_block, int64_t begin, int64_t count, Strip& strip) {
+  const __m512i offset = _mm512_set1_epi8(char(1 << (BITS - 1)));
+  int64_t group = (row_block * w.groups() + begin / w.group_blocks) * ROWS;
+  int64_t left = w.group_blocks - begin % w.group_blocks;
+  for (int64_t b = 0; b < count; b++, left--) {
+    if (left == 0) {
+      group += ROWS;
+      left = w.group_blocks;
+    }
+    __m512i quads[QUADS];
+    unpack_vnni<BITS>(w.words + (row_block * w.blocks + begin + b) * w.block_bytes(), quads);
+    for (int j = 0; j < QUADS; j++)
+      _mm512_store_si512(strip.codes[b] + 4 * ROWS * j, _mm512_sub_epi8(quads[j], offset));
+    _mm512_store_ps(strip.scales[b], scales_vnni(w, group));
+    if (w.zeros) _mm512_store_ps(strip.zeros[b], zeros_vnni(w, group));
+  }
+}
+
+// The sums of one block or of two: [token][row] each.
+template <int P>
+AMX INLINE void dots_amx(const int8_t* codes, const int8_t* w_codes, int32_t* dots) {
+  _tile_zero(0);
+  _tile_loadd(1, codes, BLOCK);
+  _tile_loadd(2, w_codes, 4 * ROWS);
+  _tile_dpbssd(0, 1, 2);
+  if (P == 2) {
+    _tile_zero(3);
+    _tile_loadd(4, codes + ALONG * BLOCK, BLOCK);
+    _tile_loadd(5, w_codes + BLOCK * ROWS, 4 * ROWS);
+    _tile_dpbssd(3, 4, 5);
+  }
+  _tile_stored(0, dots, 4 * ROWS);
+  if (P == 2) _tile_stored(3, dots + ALONG * ROWS, 4 * ROWS);
+}
+
+// Sums of 16 tokens plus those of so many blocks from `start` in x. The tiles of the next blocks are on their way while
+// the sums of these are scaled. P: as of sums_vnni, whose order of the sums this is.
+template <int P>
+AMX INLINE void sums_amx(const Strip& strip, int64_t count, bool has_zeros, const Tokens& x, int64_t start, float* out) {
+  const int8_t* codes = x.codes + start * BLOCK;
+  const int32_t* shifts = x.shifts + start;
+  const float* x_scales = x.scales + start;
+  alignas(64) int32_t dots[2][P * ALONG * ROWS];
+  __m512 sums[ALONG];
+  UNROLL for (int t = 0; t < ALONG; t++) sums[t] = _mm512_loadu_ps(out + t * ROWS);
+  dots_amx<P>(codes, strip.codes[0], dots[0]);
+  for (int64_t b = 0; b < count; b += P) {
+    const int32_t* now = dots[b / P % 2];
+    if (b + P < count) dots_amx<P>(codes + (b + P) * ALONG * BLOCK, strip.codes[b + P], dots[1 - b / P % 2]);
+    const __m512 scales = _mm512_load_ps(strip.scales[b]), zeros = _mm512_load_ps(strip.zeros[b]);
+    UNROLL for (int t = 0; t < ALONG; t++) {
+      __m512 scaled[P];
+      UNROLL for (int p = 0; p < P; p++) {
+        const int64_t at = (b + p) * ALONG + t;
+        __m512 exact = _mm512_cvtepi32_ps(_mm512_load_si512(now + (p * ALONG + t) * ROWS));
+        if (has_zeros) exact = _mm512_fmadd_ps(zeros, _mm512_cvtepi32_ps(_mm512_set1_epi32(shifts[at])), exact);
+        const __m512 x_scale = _mm512_set1_ps(x_scales[at]);
+        scaled[p] = p ? _mm512_fmadd_ps(exact, x_scale, scaled[p - 1]) : _mm512_mul_ps(exact, x_scale);
+      }
+      sums[t] = _mm512_fmadd_ps(scaled[P - 1], scales, sums[t]);
     }
   }
-  for (int t = 0; t < MT; t++) _mm512_storeu_ps(out + t * ROWS, sums[t]);
+  UNROLL for (int t = 0; t < ALONG; t++) _mm512_storeu_ps(out + t * ROWS, sums[t]);
+}
+
+template <int MT, int BITS>
+AMX void tile_amx(const Weight& w, int64_t row_block, const Tokens& x, int64_t first, float* out) {
+  TileShapes shapes;
+  for (int of = 0; of < 6; of += 3) {
+    shapes.bytes[of] = 4 * ROWS, shapes.rows[of] = ALONG;        // sums: [token][row] of 32 bits
+    shapes.bytes[of + 1] = BLOCK, shapes.rows[of + 1] = ALONG;   // codes of x: [token][32]
+    shapes.bytes[of + 2] = 4 * ROWS, shapes.rows[of + 2] = QUADS;  // codes of W: [quad][row][4]
+  }
+  _tile_loadconfig(&shapes);
+  Strip strip;
+  std::memset(out, 0, MT * ROWS * sizeof(float));
+  for (int64_t b = 0; b < w.blocks; b += PIECE) {
+    const int64_t count = std::min(PIECE, w.blocks - b);
+    unpack_strip<BITS>(w, row_block, b, count, strip);
+    for (int64_t t = 0; t < MT; t += ALONG) {
+      const int64_t start = x.at(first + t, b);
+      if (w.group_blocks % 2)
+        sums_amx<1>(strip, count, w.zeros, x, start, out + t * ROWS);
+      else
+        sums_amx<2>(strip, count, w.zeros, x, start, out + t * ROWS);
+    }
+  }
   _tile_release();
 }
 
@@ -409,14 +474,18 @@ struct Implementation {                    // steps: from the widest tile to tha
   void (*round)(const Input&, const Tokens&, int64_t, int64_t, int64_t);
   void (*store)(const float*, const Output&, int64_t, int64_t, int64_t);
   const Step* steps;
+  int64_t side;                            // tokens that are stored side by side: no tile has some of two
 };
 
-constexpr int64_t WIDEST = 16;
+constexpr int64_t WIDEST = 128;
 constexpr Step STEPS_PORTABLE[] = {{1, tile_portable, tile_portable}};
 constexpr Step STEPS_AVX2[] = {
     {4, tile_avx2<4, 4>, tile_avx2<4, 8>}, {2, tile_avx2<2, 4>, tile_avx2<2, 8>}, {1, tile_avx2<1, 4>, tile_avx2<1, 8>}};
 constexpr Step STEPS_AMX[] = {
-    {16, tile_amx<4>, tile_amx<8>},
+    {128, tile_amx<128, 4>, tile_amx<128, 8>},
+    {64, tile_amx<64, 4>, tile_amx<64, 8>},
+    {32, tile_amx<32, 4>, tile_amx<32, 8>},
+    {16, tile_amx<16, 4>, tile_amx<16, 8>},
     {12, tile_vnni<12, 4>, tile_vnni<12, 8>},
     {8, tile_vnni<8, 4>, tile_vnni<8, 8>},
     {4, tile_vnni<4, 4>, tile_vnni<4, 8>},
@@ -451,10 +520,10 @@ Path best() {
 
 Implementation implementation(int64_t path) {
   switch (path == BEST ? int64_t(best()) : path) {
-    case PATH_AMX: return {round_vnni, store_avx2, STEPS_AMX};
-    case PATH_VNNI: return {round_vnni, store_avx2, STEPS_AMX + 1};
-    case PATH_AVX2: return {round_avx2, store_avx2, STEPS_AVX2};
-    default: return {round_portable, store_portable, STEPS_PORTABLE};
+    case PATH_AMX: return {round_vnni, store_avx2, STEPS_AMX, ALONG};
+    case PATH_VNNI: return {round_vnni, store_avx2, STEPS_AMX + 4, 12};
+    case PATH_AVX2: return {round_avx2, store_avx2, STEPS_AVX2, 4};
+    default: return {round_portable, store_portable, STEPS_PORTABLE, 1};
   }
 }
 
@@ -478,17 +547,24 @@ struct Job {
   const Tokens& tokens;
   const Implementation& path;
   int64_t chunks;
+
+  // where a chunk begins: all have as many sides of tokens, but for one
+  int64_t begin(int64_t chunk) const {
+    const int64_t sides = (m + tokens.side - 1) / tokens.side;
+    return std::min(m, sides * chunk / chunks * tokens.side);
+  }
 };
 
 void multiply_some(int64_t begin, int64_t end, void* of) {
   const Job& job = *static_cast<const Job*>(of);
   alignas(64) float out[WIDEST * ROWS];
   for (int64_t task = begin; task < end; task++) {
-    const int64_t row_block = task / job.chunks, row = row_block * ROWS;
+    // a chunk of x stays in a core's cache while all rows of W pass
+    const int64_t chunk = task / job.w.row_blocks(), row_block = task % job.w.row_blocks(), row = row_block * ROWS;
     const int64_t count = std::min(ROWS, job.w.n - row);
-    const int64_t last = std::min(job.m, (task % job.chunks + 1) * CHUNK);
+    const int64_t last = job.begin(chunk + 1);
     const Step* step = job.path.steps;
-    for (int64_t t = task % job.chunks * CHUNK; t < last; t += step->tokens) {
+    for (int64_t t = job.begin(chunk); t < last; t += step->tokens) {
       while (step->tokens > last - t) step++;
       (job.w.bits == 4 ? step->four : step->eight)(job.w, row_block, job.tokens, t, out);
       for (int64_t i = 0; i < step->tokens; i++) job.path.store(out + i * ROWS, job.y, t + i, row, count);
@@ -502,11 +578,12 @@ struct Rounded {
   Tokens tokens;
 
   Rounded(const Input& x, const Weight& w, const Implementation& path) {
-    const int64_t blocks = x.m * w.blocks;
+    const int64_t side = std::max<int64_t>(1, std::min(x.m, path.side));
+    const int64_t blocks = (x.m + side - 1) / side * side * w.blocks;
     const size_t bytes = blocks * (BLOCK + sizeof(float) + sizeof(int32_t));
     room.reset(static_cast<char*>(std::malloc(bytes + 64)));
     char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(room.get()) + 63) & ~uintptr_t(63));
-    tokens = {reinterpret_cast<int8_t*>(aligned), reinterpret_cast<float*>(aligned + blocks * BLOCK), nullptr, w.blocks};
+    tokens = {reinterpret_cast<int8_t*>(aligned), reinterpret_cast<float*>(aligned + blocks * BLOCK), nullptr, w.blocks, side};
     tokens.shifts = reinterpret_cast<int32_t*>(tokens.scales + blocks);
     Rounding job{x, tokens, path, w.offset()};
     torch_parallel_for(0, x.m, std::max<int64_t>(1, GRAIN / 8 / (w.blocks * BLOCK)), round_some, &job);

@@ -93,6 +93,24 @@ def test_sums_inside_of_a_block_are_exact_integers(path, bits, zeros):
     assert torch.equal(y.long(), exact)
 
 
+FUSED = [path for path in SUPPORTED if path in ("avx512_vnni", "amx")]
+
+
+@pytest.mark.skipif(len(FUSED) < 2, reason="the processor has no AMX")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tiles_of_tokens_have_the_bits_of_single_ones(bits, group, symmetric):
+    """AMX takes 16 tokens or more and VNNI the rest, so a token's result is that of either."""
+    leaf = random_leaf(40, 1152, Int(bits, Tile(1, group), symmetric=symmetric))
+    weight = int4_int8.pack("site", leaf, setting(dtype=torch.float32))
+    x = activations(290, 1152, torch.float32)
+    alone = torch.cat([mm(row, *weight.for_mm()) for row in x.split(1)])
+    for m in (15, 16, 17, 31, 47, 48, 63, 64, 65, 111, 127, 128, 129, 145, 290):
+        for path in FUSED:
+            assert torch.equal(mm(x[:m], *weight.for_mm(number(path))), alone[:m])
+
+
 @each_path
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("a", [-127, 127])
@@ -100,7 +118,7 @@ def test_sums_inside_of_a_block_are_exact_integers(path, bits, zeros):
 def test_no_sum_of_extreme_codes_saturates(path, bits, a, end):
     code = -(2 ** (bits - 1)) if end == "least" else 2 ** (bits - 1) - 1
     q = torch.full((16, 64), code, dtype=torch.int8)
-    for m in (1, 4, 12):
+    for m in (1, 4, 12, 16):
         y = mm(torch.full((m, 64), float(a)), *of_ones(q, bits), number(path))
         assert (y == 64 * code * a).all()
 
