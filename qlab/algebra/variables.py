@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 B1, B2 = 0.9, 0.95
+IN_CACHE = 1 << 16  # numbers that are moved at once
 EPS = 1e-12  # far below the gradient of a mean over all tokens with respect to one scale
 
 
@@ -44,9 +45,9 @@ class Variables:
         return {name: part.view(self.shapes[name]) for name, part in zip(self.shapes, parts)}
 
     def moves(self, names: Sequence[str], device: Any = "cpu") -> dict[str, Tensor]:
-        """How far tensors have moved. Where gradients are on the moves require them, and `update`
-        takes them."""
-        moves = {name: self._moves[name].detach().clone().to(device) for name in names}
+        """How far tensors have moved, until `update` moves them on. Where gradients are on they are
+        required of the moves, and `update` takes them."""
+        moves = {name: self._moves[name].detach().to(device) for name in names}
         if torch.is_grad_enabled():
             for name, move in moves.items():
                 self._reached[name] = move.requires_grad_()
@@ -58,14 +59,19 @@ class Variables:
         for name, move in self._reached.items():
             if move.grad is None:
                 continue
-            gradient = move.grad.float().cpu()
             self._steps[name] += 1
-            mean, square, t = self._means[name], self._squares[name], self._steps[name]
-            mean.lerp_(gradient, 1 - B1)
-            square.lerp_(gradient.square(), 1 - B2)
-            size = (square / (1 - B2**t)).sqrt_().add_(EPS)
-            self._moves[name].addcdiv_(mean, size, value=-rate / (1 - B1**t))
+            self._step(name, move.grad.float().cpu(), rate)
         self._reached = {}
+
+    def _step(self, name: str, gradient: Tensor, rate: float) -> None:
+        """One step of a tensor, some of its numbers after the other: they stay in a cache."""
+        tensors = self._moves[name], self._means[name], self._squares[name], gradient
+        t = self._steps[name]
+        for move, mean, square, g in zip(*(x.reshape(-1).split(IN_CACHE) for x in tensors)):
+            mean.lerp_(g, 1 - B1)
+            square.lerp_(g.square(), 1 - B2)
+            size = (square / (1 - B2**t)).sqrt_().add_(EPS)
+            move.addcdiv_(mean, size, value=-rate / (1 - B1**t))
 
     def keep(self) -> None:
         """Remember the moves as the best ones."""

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import outputs_of
+from qlab.algebra.once import dense_once
 from qlab.driver.batches import Batch
 from qlab.driver.windows import Pass, summed, variables_of
 from qlab.errors import QlabError
@@ -67,7 +68,7 @@ def back(
     variables = variables_of(_values(graph))
     leaves = _leaves(graph) if sink else {}
     graph = replace(graph, params={**graph.params, **leaves})
-    entering: dict[int, Cotangent] = {}
+    running, entering = dense_once(graph), dict[int, Cotangent]()
 
     def run(places: Sequence[int]) -> None:
         for place in places:
@@ -75,7 +76,7 @@ def back(
             with torch.enable_grad():
                 apart = tuple(_leaf(t) for t in state)
                 inputs = call.inputs(tuple(t.clone() for t in apart))
-                outputs = call.leaving(apart, outputs_of(graph, *inputs))
+                outputs = call.leaving(apart, outputs_of(running, *inputs))
             _hand_on(outputs, leaving[place])
             entering[place] = tuple(t.grad for t in apart)
             if sink:

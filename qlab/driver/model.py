@@ -17,6 +17,7 @@ from torch import Tensor
 from qlab.algebra.divergence import kl_divergence
 from qlab.algebra.frame import in_frame
 from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.once import dense_once
 from qlab.algebra.running import select
 from qlab.algebra.transform import Stage
 from qlab.data.calibration import Data, from_ids
@@ -277,7 +278,7 @@ class Model:
             boundaries = []
             for path in self.segments:
                 boundaries.append(states)
-                graph = changed(path, self.segment(path))
+                graph = dense_once(changed(path, self.segment(path)))
                 states = list(push(graph, zip([c[path] for c in calls], states)))
                 del graph
             values, gradients = self._of_heads(loss, chosen, states, variables)
@@ -347,7 +348,7 @@ class Model:
         with self._placed(around):
             states, calls = record(self._skeleton, own)
         for path in self.segments:
-            graph = changed(path, self.segment(path))
+            graph = dense_once(changed(path, self.segment(path)))
             states = list(push(graph, zip([c[path] for c in calls], states)))
             del graph
         return {place: state[0] for place, state in zip(chosen.own, states)}
