@@ -42,15 +42,20 @@ def round_with_offsets(
 
 
 def nearest_rounding_to(
-    codes_ok: Tensor, W_ok: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec
+    codes_ok: Tensor,
+    W_ok: Tensor,
+    s_ag: Tensor,
+    z_ag: Tensor | None,
+    spec: Spec,
+    reach: float = NEAREST,
 ) -> Tensor:
-    """The weight nearest to W that rounds to these codes, in fp32."""
+    """The weight nearest to W within reach of these codes, in steps, in fp32. It rounds to them."""
     W_agn, codes_agn = _split(spec.tile, W_ok), _split(spec.tile, codes_ok)
     near = torch.empty_like(W_agn)
     for part, s, z in _parts(W_agn, s_ag, z_ag):
         codes = codes_agn[part].float()
-        reach = NEAREST * unit(codes, spec) / 2 if isinstance(spec, Float) else NEAREST
-        x = (W_agn[part] / s).add_(z).clamp_(codes - reach, codes + reach)
+        room = reach * unit(codes, spec) / 2 if isinstance(spec, Float) else reach
+        x = (W_agn[part] / s).add_(z).clamp_(codes - room, codes + room)
         torch.mul(x.sub_(z), s, out=near[part])
     return _joined(spec.tile, near, W_ok.shape)
 

@@ -28,7 +28,7 @@ from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import QTensor, steps
 from qlab.algebra.rounding import outer_scales
 from qlab.algebra.spec import Int, Spec, with_scale_dtype
-from qlab.algebra.straight_through import nearest_rounding_to, round_with_offsets
+from qlab.algebra.straight_through import NEAREST, nearest_rounding_to, round_with_offsets
 from qlab.algebra.transform import Transform, costing
 from qlab.algebra.windows import Schedule
 from qlab.errors import QlabError
@@ -151,12 +151,13 @@ def starts_refining(block: Block) -> dict[str, Start]:
     return starts
 
 
-def behind(W_ok: Tensor, q: QTensor) -> Tensor:
-    """The weight nearest to W that rounds to the codes of q, in the order of the codes."""
+def behind(W_ok: Tensor, q: QTensor, reach: float = NEAREST) -> Tensor:
+    """The weight nearest to W that lies within reach of the codes of q, in steps of its scale, and
+    so rounds to them, in the order of the codes."""
     W_ok = W_ok if q.perm is None else W_ok[..., q.perm]
     s = steps(q.scales, q.outer, torch.float32)
     z = None if q.zeros is None else q.zeros.float()
-    return nearest_rounding_to(q.codes, W_ok, s, z, q.spec)
+    return nearest_rounding_to(q.codes, W_ok, s, z, q.spec, reach)
 
 
 # ------------------------------------------------------------------ learning

@@ -4,9 +4,14 @@ al. 2023, LLM-QAT: the unquantized model teaches, without labels).
 
     codes = clamp(round(W / s' + V + z'))    W' = (codes - z') s'    s' of a range that is learned
 
-Legend: as in auto_round. W is the weight nearest to the target that rounds to the codes which are
-there, so that training begins at them. V_ok, by which it has moved in steps of its scale, has no
-bound. Ranges, norms and biases move a tenth as far, relative to their size.
+Legend: as in auto_round. W begins beside the codes that are there. V_ok, by which it has moved in
+steps of its scale, has no bound. Ranges, norms and biases move a tenth as far, relative to their
+size.
+
+The gradient of one window is mostly noise, which walks every weight a little. Codes of a method
+that makes up for its errors often differ from the nearest ones, and a weight that begins as close
+to its target as its code allows begins at the edge of it: the first steps then change many codes at
+once. Beside its code it changes where many windows agree.
 """
 
 from collections.abc import Mapping
@@ -26,6 +31,8 @@ from qlab.methods.auto_round import Start, behind, parameter_shapes
 from qlab.methods.kl_tune import moved_vector, with_leaves
 
 NAME = "qat_end_to_end"
+# how far from its code a weight begins, in steps of its scale: not on it, since masks leave 0
+BESIDE = 0.01
 SLOWER = 0.1  # how much of the step of weights, in steps of their scale, the rest takes
 
 
@@ -42,7 +49,7 @@ def _starts(graph: ModuleGraph) -> dict[str, Start]:
 
 def _weight(graph: ModuleGraph, site: Site, q: QTensor) -> Tensor:
     W_ok, support = graph.target_ok(site), graph.support_ok(site)
-    return behind(W_ok if support is None else on_support(W_ok, support), q)
+    return behind(W_ok if support is None else on_support(W_ok, support), q, BESIDE)
 
 
 def _of_leaf(graph: ModuleGraph, leaf: str, q: QTensor) -> dict[str, tuple[int, ...]]:

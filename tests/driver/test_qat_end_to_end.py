@@ -20,7 +20,7 @@ from qlab.methods.magnitude import magnitude
 from qlab.methods.qat_end_to_end import qat_end_to_end
 from qlab.methods.rtn import rtn
 
-LEARNING = {"steps": 8, "rate": 0.05}
+LEARNING = {"steps": 8, "rate": 0.4}
 
 
 def opened(saved, family="llama"):
@@ -64,6 +64,18 @@ def test_codes_move_on_their_grid_and_it_learns(family, text, saved, tmp_path):
     assert not verify(result.path, model.path).faults
     plain = evaluate(apply(model, rtn(spec), data), model, data).kl
     assert evaluate(open_checkpoint(result.path), model, data).kl < plain
+
+
+def test_a_small_step_changes_no_code(saved):
+    """Nor one that a method chose although another is nearer to the target."""
+    model, data = opened(saved)
+    spec = parse_spec("int3-g16")
+    before = dict(apply(model, gptq(spec), data).segments())
+    step = qat_end_to_end(steps=1, rate=0.05)
+    for path, after in apply(model, chain(gptq(spec), step), data).segments():
+        assert all(note["kept_step"] == 1 for note in after.notes.values())
+        for name, q in rounded(after).items():
+            assert torch.equal(q.codes, rounded(before[path])[name].codes)
 
 
 def test_zeros_of_a_mask_stay(saved):
