@@ -212,6 +212,7 @@ class _Block:
 
     def _solving(self) -> Iterator[Moment]:
         moved = 0
+        written = 0 if self.job.observed is not None else self.coded  # the block before, meanwhile
         solvers = [stage for stage in self.job.recipe if not isinstance(stage.view, Uncovered)]
         for stage in solvers:
             if isinstance(stage.view, Gauged):  # weights stay in fp32 until they are rounded
@@ -226,7 +227,7 @@ class _Block:
                 measuring += self.sums.square if "second_moment" in stage.needs else 0
             yield {
                 "moved weights": moved,
-                "codes": self.codes if stage.spec is not None else 0,
+                "codes": self.codes + written if stage.spec is not None else 0,
                 "statistics": statistics,
                 "waiting": self.waiting,
                 "solver": max(solving, measuring),
@@ -277,7 +278,12 @@ class _Block:
     def codes(self) -> int:
         """Bytes of the codes of all weights, and of the largest experts' before they are joined."""
         experts = max((w.numel() for site, w in self.weights.items() if site.route), default=0)
-        return experts + sum(shape.numel() for shape in self.weights.values())
+        return experts + self.coded
+
+    @property
+    def coded(self) -> int:
+        """Bytes of the codes of all weights, as they wait to be written."""
+        return sum(shape.numel() for shape in self.weights.values())
 
     @property
     def largest(self) -> int:

@@ -1,14 +1,17 @@
 """A job while it is written: what lies around the blocks, each solved block, and its end."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlab.algebra.frame import in_frame
-from qlab.algebra.graph import Code, ModuleGraph
+from qlab.algebra.graph import Code, ModuleGraph, Op
+from qlab.algebra.qtensor import Leaf
 from qlab.algebra.spec import InputSpec, Spec
 from qlab.codecs import Codec, quantization_of
 from qlab.codecs.around import SECTION as AROUND
@@ -26,6 +29,7 @@ from qlab.driver.outside import (
 from qlab.driver.planned import Plan
 from qlab.driver.ranks import Ranks
 from qlab.driver.report import site_rows
+from qlab.driver.scan import Scan, solved_blocks
 from qlab.driver.segments import Solved, Solver
 from qlab.driver.shared import refuse_divided, shared
 from qlab.driver.writing import (
@@ -48,6 +52,8 @@ from qlab.model.calls import Call
 from qlab.model.linears import by_module
 from qlab.model.skeleton import Skeleton
 from qlab.model.ties import untied
+from qlab.process.ahead import Ahead
+from qlab.process.surroundings import undisturbed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,36 +116,98 @@ def write_outside(skeleton: Skeleton, run: Run) -> None:
     run.writer.write_notes(0, notes)
 
 
+def write_blocks(scan: Scan, runs: Sequence[Run]) -> Iterator[None]:
+    """Solve every block of a pass and write it; steps behind each of a job.
+
+    Without data no block waits for what is made of another, and one is written while the next one
+    is read and solved. With data it is written before its hidden states go.
+
+    runs: those of the pass, in its order.
+    """
+    beside = scan.data is None and runs[0].ranks.world == 1
+    with Ahead() as ahead:
+        written: Future[None] = ahead.begin(lambda: None)
+        try:
+            for block in solved_blocks(scan):
+                if runs[block.by].ranks.is_first:
+                    call = scan.calls[0][block.after.path]
+                    solved = _ready(scan.skeleton, runs[block.by], block, call)
+                    written.result()  # of the block before
+                    written = ahead.begin(_write, runs[block.by], solved)
+                    del solved
+                    if not beside:
+                        written.result()
+                del block  # lets go of it before the next one is solved
+                yield
+        finally:
+            written.result()  # what is done stays, also where the next block cannot be read
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """A solved block, ready to be written: nothing is left of the one before any step.
+
+    number: of its segment. leaves: by their names in the files. online: what still happens to
+    their inputs. around: the tensors beside them. notes: all but the probe. after: the block, and
+    call what it is called with, for that.
+    """
+
+    number: int
+    leaves: Mapping[str, Leaf]
+    online: Mapping[str, tuple[Op, ...]]
+    around: Mapping[str, Tensor]
+    notes: Mapping[str, Mapping[str, Any]]
+    after: ModuleGraph
+    call: Call
+
+
 def write_solved(skeleton: Skeleton, run: Run, block: Solved, call: Call) -> None:
     """Write the shard and the notes of a block, and read the shard back."""
-    from qlab_kernels.buffers import reused
+    _write(run, _ready(skeleton, run, block, call))
 
-    before, after, number = block.before, in_frame(block.after), block.index + 1
+
+def _ready(skeleton: Skeleton, run: Run, block: Solved, call: Call) -> _Ready:
+    """What is written of a block. Refuses what the files have no place for."""
+    before, after = block.before, in_frame(block.after)
     around, left = held(after, run.codec)
     refuse_unwritten(skeleton, before, left)
     leaves = as_stored(skeleton, after)
     changed_names = changed(skeleton, before, after)
     online = online_at(skeleton, after, run.codec)
     tensors, rows = encoded(skeleton, around, run.codec)
-    tensors = {**encode(leaves, run.codec, online), **tensors}
-    run.writer.write_shard(number, tensors.items())
-    with reused():
-        refuse_misread(run.writer.shard(number), leaves, run.codec, online)
+    known = measured(skeleton, run.job.recipe, after)
     notes: dict[str, Mapping[str, Any]] = {
         "sites": site_rows(after),
-        "certificates": certificates(
-            skeleton,
-            leaves,
-            originals(skeleton, before),
-            measured(skeleton, run.job.recipe, after),
-        ),
+        "certificates": certificates(skeleton, leaves, originals(skeleton, before), known),
         "changed": hashes(leaves, changed_names),
         **rows,
         **unused(skeleton, before),
         **shared(skeleton, after, changed_names),
-        **run.probes(after, call),
     }
-    run.writer.write_notes(number, notes)
+    return _Ready(
+        number=block.index + 1,
+        leaves=leaves,
+        online=online,
+        around=tensors,
+        notes=notes,
+        after=after,
+        call=call,
+    )
+
+
+@undisturbed
+@torch.no_grad()
+def _write(run: Run, solved: _Ready) -> None:
+    """Write the shard and the notes of a block, and read the shard back."""
+    from qlab_kernels.buffers import reused
+
+    with reused():
+        tensors = {**encode(solved.leaves, run.codec, solved.online), **solved.around}
+        run.writer.write_shard(solved.number, tensors.items())
+        del tensors
+        refuse_misread(run.writer.shard(solved.number), solved.leaves, run.codec, solved.online)
+    notes = {**solved.notes, **run.probes(solved.after, solved.call)}
+    run.writer.write_notes(solved.number, notes)
 
 
 def finish(skeleton: Skeleton, run: Run, calls: Mapping[str, Call], tokens: Sequence[int]) -> None:

@@ -23,8 +23,8 @@ from qlab.driver.plan import plan_of
 from qlab.driver.ranks import Ranks, refuse_unlike, together
 from qlab.driver.report import PeakMemory, describe
 from qlab.driver.result import Result
-from qlab.driver.run import Run, finish, write_outside, write_solved
-from qlab.driver.scan import Carries, begin, solved_blocks
+from qlab.driver.run import Run, finish, write_blocks, write_outside
+from qlab.driver.scan import Carries, begin
 from qlab.driver.shelved import Keeping, Known, Shelved, refuse_unkept
 from qlab.files.hashed import HashedFiles
 from qlab.files.place import places
@@ -308,10 +308,8 @@ def _write_segments(skeleton: Skeleton, runs: Sequence[Run], shelved: Shelved | 
     for run in writing:
         if not run.writer.has(0):
             write_outside(skeleton, run)
-    for block in solved_blocks(scan):
-        if writing:
-            write_solved(skeleton, runs[block.by], block, scan.calls[0][block.after.path])
-        del block  # lets go of it before the next one is solved
+    for _ in write_blocks(scan, runs):
+        pass
     recipes = [run.job.recipe for run in runs]
     first, *_ = in_batches(scan.data, batch_tokens(recipes))
     for run in writing:
