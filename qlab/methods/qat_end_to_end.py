@@ -104,7 +104,7 @@ def _count(outline: Outline) -> int:
     )
 
 
-RELAXED = Relaxed(shapes=_shapes, moved=_moved, stored=_stored, count=_count, copies=8)
+RELAXED = Relaxed(shapes=_shapes, moved=_moved, stored=_stored, count=_count, copies=6)
 
 
 def qat_end_to_end(
