@@ -445,6 +445,8 @@ AMX void tile_amx(const Weight& w, int64_t row_block, const Tokens& x, int64_t f
     shapes.bytes[of + 1] = BLOCK, shapes.rows[of + 1] = ALONG;   // codes of x: [token][32]
     shapes.bytes[of + 2] = 4 * ROWS, shapes.rows[of + 2] = QUADS;  // codes of W: [quad][row][4]
   }
+  // GCC 12 takes the instruction for one that reads 8 bytes, and may leave out what is written behind them
+  __asm__ volatile("" : : "r"(&shapes) : "memory");
   _tile_loadconfig(&shapes);
   Strip strip;
   std::memset(out, 0, MT * ROWS * sizeof(float));
