@@ -23,7 +23,7 @@ from qlab.methods.rtn import rtn
 from qlab_kernels.buffers import Buffers
 
 SPEC = parse_spec("int4-g16")
-FIRST, SECOND = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
+FIRST, LAST = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 2))
 
 
 @pytest.fixture
@@ -100,8 +100,10 @@ def test_quantizing_reads_and_hashes_every_weight_once(method, saved, tmp_path, 
 
 @pytest.fixture
 def stopped(saved, tmp_path):
-    """The model and the output of a run that stopped in its second block, and the run itself."""
-    model, out = shutil.copytree(saved("llama"), tmp_path / "model"), tmp_path / "out"
+    """The model of three blocks and the output of a run that stopped while it wrote the second, and
+    the run itself. Its record is of when the first was written, while the second was read."""
+    folder = saved("llama", num_hidden_layers=3)
+    model, out = shutil.copytree(folder, tmp_path / "model"), tmp_path / "out"
     job = lambda **options: quantize(open_checkpoint(model), rtn(SPEC), None, out, **options)
     real = Writer.write_notes
 
@@ -136,7 +138,7 @@ def test_one_other_number_in_what_was_read_is_another_job(stopped):
 def test_what_nobody_had_read_is_read_as_it_is_now(stopped, tmp_path):
     """Nothing was made of it yet, so that no two models are mixed."""
     model, out, job = stopped
-    change(model, **{SECOND.replace(".", "__"): one_number})
+    change(model, **{LAST.replace(".", "__"): one_number})
     job(resume=True)
     fresh = quantize(open_checkpoint(model), rtn(SPEC), None, tmp_path / "fresh").path
     assert contents(out) == contents(fresh)
