@@ -14,6 +14,7 @@ that they stand for which rounds to them, so that learning begins at those codes
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,9 +46,9 @@ class Start:
 
     def parameters(self) -> list[Tensor]:
         """V = 0, and a = b = 1 where the ends of ranges are learned."""
-        V, *ends = parameter_shapes(self.q)
-        like = {"dtype": torch.float32, "device": self.W_ok.device}
-        return [torch.zeros(V, **like), *(torch.ones(end, **like) for end in ends)]
+        _, *ends = parameter_shapes(self.q)
+        ones = partial(torch.ones, dtype=torch.float32, device=self.W_ok.device)
+        return [torch.zeros_like(self.W_ok), *(ones(end) for end in ends)]
 
     def rounded(self, parameters: list[Tensor]) -> tuple[Tensor, QTensor]:
         """W' at these parameters, differentiable by straight-through gradients, and its leaf."""
