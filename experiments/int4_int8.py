@@ -6,7 +6,8 @@ Usage: python experiments/int4_int8.py [GROUP]
 Every contender multiplies copies of the weight that together exceed the caches. They take turns,
 and figures are medians over all calls, in processor time with OMP_NUM_THREADS=1 and in wall time
 with more. `bf16` is `F.linear` with the dequantized weight, called eagerly and not compiled; the
-paths of the kernel are those that the processor runs.
+paths of the kernel are those that the processor runs. Writes results/int4-int8-PATH.json, PATH the
+last of them.
 """
 
 import json
@@ -31,7 +32,7 @@ SHAPES = ((4096, 4096), (576, 576), (1536, 576), (576, 1536))
 TOKENS = (1, 4, 16, 64, 512)
 TURNS = 3
 CPU = torch.device("cpu")
-RESULT = Path(__file__).parent / "results" / "int4-int8-cpu.json"
+RESULT = Path(__file__).parent / "results" / f"int4-int8-{kernel.supported()[-1]}.json"
 
 
 def products_of(case):

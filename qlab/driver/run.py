@@ -124,20 +124,28 @@ def write_blocks(scan: Scan, runs: Sequence[Run]) -> Iterator[None]:
 
     runs: those of the pass, in its order.
     """
-    beside = scan.data is None and runs[0].ranks.world == 1
+    if scan.data is None and runs[0].ranks.world == 1:
+        yield from _overlapped(scan, runs)
+        return
+    for block in solved_blocks(scan):
+        if runs[block.by].ranks.is_first:
+            call = scan.calls[0][block.after.path]
+            write_solved(scan.skeleton, runs[block.by], block, call)
+        del block  # lets go of it before the next one is solved
+        yield
+
+
+def _overlapped(scan: Scan, runs: Sequence[Run]) -> Iterator[None]:
+    """The same, where a thread writes a block while this one solves the next."""
     with Ahead() as ahead:
         written: Future[None] = ahead.begin(lambda: None)
         try:
             for block in solved_blocks(scan):
-                if runs[block.by].ranks.is_first:
-                    call = scan.calls[0][block.after.path]
-                    solved = _ready(scan.skeleton, runs[block.by], block, call)
-                    written.result()  # of the block before
-                    written = ahead.begin(_write, runs[block.by], solved)
-                    del solved
-                    if not beside:
-                        written.result()
-                del block  # lets go of it before the next one is solved
+                call = scan.calls[0][block.after.path]
+                ready = _ready(scan.skeleton, runs[block.by], block, call)
+                written.result()  # of the block before
+                written = ahead.begin(_write, runs[block.by], ready)
+                del block, ready  # lets go of them before the next one is solved
                 yield
         finally:
             written.result()  # what is done stays, also where the next block cannot be read

@@ -5,8 +5,16 @@ import pytest
 import torch
 
 from qlab.algebra import straight_through
-from qlab.algebra.spec import parse_spec
-from qlab.algebra.straight_through import nearest_rounding_to, round_with_offsets
+from qlab.algebra.spec import Int, parse_spec
+from qlab.algebra.straight_through import nearest_rounding_to, round_with_offsets, unit
+
+
+def high(spec):
+    return spec.qmax if isinstance(spec, Int) else spec.max
+
+
+def low(spec):
+    return spec.qmin if isinstance(spec, Int) else -spec.max
 
 
 class Through(torch.autograd.Function):
@@ -14,7 +22,7 @@ class Through(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, spec):
-        ctx.save_for_backward((x >= spec.qmin) & (x <= spec.qmax))
+        ctx.save_for_backward((x >= low(spec)) & (x <= high(spec)))
         return spec.nearest_(x.clone())
 
     @staticmethod
@@ -33,12 +41,12 @@ def drawn(*shape, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(6, 16), (2, 6, 16)])
-@pytest.mark.parametrize("text", ["int3-g8-asym", "int2-channel", "int4-tensor"])
+@pytest.mark.parametrize("text", ["int3-g8-asym", "int2-channel", "int4-tensor", "fp8-channel"])
 def test_it_is_the_formula(text, shape, at_once):
     spec = parse_spec(text)
     W = drawn(*shape)
     W[..., 3] = 0
-    end = spec.qmax / 2
+    end = high(spec) / 2
     W[..., 0, 0] = end  # lies at an end, through which gradients pass
     s, z = torch.full(spec.tile.scales_shape(W.shape), 0.5), None
     z = None if spec.symmetric else torch.zeros_like(s)
@@ -46,8 +54,9 @@ def test_it_is_the_formula(text, shape, at_once):
     learned = [t.requires_grad_() for t in (V, s, z) if t is not None]
     made, codes = round_with_offsets(W, V, s, z, spec)
     z_ag1 = 0 if z is None else z[..., None]
-    offsets = spec.tile.split(V * (W != 0))
-    expected_codes = Through.apply(spec.tile.split(W) / s[..., None] + z_ag1 + offsets, spec)
+    x = spec.tile.split(W) / s[..., None] + z_ag1
+    offsets = spec.tile.split(V * (W != 0)) * unit(x.detach(), spec)
+    expected_codes = Through.apply(x + offsets, spec)
     expected = spec.tile.join((expected_codes - z_ag1) * s[..., None], W.shape)
     assert torch.equal(made, expected) and codes.dtype == spec.code_dtype
     assert torch.equal(codes.float(), spec.tile.join(expected_codes, W.shape))

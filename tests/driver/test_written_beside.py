@@ -2,17 +2,18 @@
 bytes, what a kill leaves and what is refused are those of one after the other."""
 
 from functools import partial
-from threading import Event
+from threading import Event, current_thread, main_thread
 
 import pytest
 from killing import KILLED, dying, finish, start
-from model_folders import contents, refused
+from model_folders import contents, random_tokens, refused
 
 from qlab.algebra.spec import parse_spec
 from qlab.driver import run, segments
 from qlab.driver.quantize import quantize
 from qlab.errors import Unwritable
 from qlab.files.checkpoint import open_checkpoint
+from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 
 
@@ -74,6 +75,20 @@ def test_a_block_that_is_not_written_ends_the_run(job, whole, tmp_path, monkeypa
     monkeypatch.setattr(run, "_write", noting(written, run._write))
     job(tmp_path / "out", resume=True)
     assert written == [2, 3] and contents(tmp_path / "out") == whole
+
+
+def test_with_data_a_block_is_written_by_the_thread_that_solves(saved, tmp_path, monkeypatch):
+    """Which has all of torch's threads to itself."""
+    model, write, wrote = open_checkpoint(saved("llama")), run._write, []
+
+    def noted(of_run, solved):
+        wrote.append(current_thread() is main_thread())
+        write(of_run, solved)
+
+    monkeypatch.setattr(run, "_write", noted)
+    data = random_tokens(model.path, 2, 8)
+    quantize(model, gptq(parse_spec("int4-g16")), data, tmp_path / "out")
+    assert wrote == [True, True]
 
 
 def noting(numbers, write):

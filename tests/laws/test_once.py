@@ -37,3 +37,11 @@ def test_several_runs_make_a_weight_dense_once_and_compute_the_same(family):
     (plain, gradient), (shared, same) = found
     assert all(map(torch.equal, plain, shared))
     torch.testing.assert_close(gradient, same)
+
+
+def test_experts_stay_as_they_are():
+    graph = segment("qwen3_moe").graph
+    stacked = {site.weight for site in graph.sites if site.route}
+    codes = {name: Sum((graph.params[name],)) for name in stacked}
+    made = dense_once(replace(graph, params={**graph.params, **codes}))
+    assert stacked and all(made.params[name] is codes[name] for name in stacked)
