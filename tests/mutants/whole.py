@@ -4,6 +4,46 @@ from mutants.planting import Mutant
 
 MUTANTS = [
     Mutant(
+        "divergence: its gradient takes nothing of what comes behind it",
+        "algebra/divergence.py",
+        "_Divergence.backward",
+        "gradients[0] / len(y_lv)",
+        "1 / len(y_lv)",
+        "algebra/divergence",
+    ),
+    Mutant(
+        "learned rounding: offsets of floats count as those of integers",
+        "algebra/straight_through.py",
+        "_Rounded.backward",
+        "torch.mul(_but_zeros(inside, W_agn[part]), u, out=of_V[part])",
+        "torch.mul(_but_zeros(inside, W_agn[part]), 1.0, out=of_V[part])",
+        "algebra/straight_through",
+    ),
+    Mutant(
+        "learned rounding: no gradient passes at an end of the grid",
+        "algebra/straight_through.py",
+        "_beyond",
+        "torch.tensor(ends, dtype=torch.float32).nextafter(ways)",
+        "torch.tensor(ends, dtype=torch.float32).nextafter(-ways)",
+        "algebra/straight_through",
+    ),
+    Mutant(
+        "qat: training begins at the edges of codes",
+        "methods/qat_end_to_end.py",
+        "_weight",
+        "behind(W_ok if support is None else on_support(W_ok, support), q, BESIDE)",
+        "behind(W_ok if support is None else on_support(W_ok, support), q)",
+        "driver/qat_end_to_end",
+    ),
+    Mutant(
+        "weights made dense once: all experts at a time",
+        "algebra/once.py",
+        "dense_once",
+        "isinstance(leaf, Tensor | Fetched) or len(leaf.shape) != 2",
+        "isinstance(leaf, Tensor | Fetched)",
+        "laws/once",
+    ),
+    Mutant(
         "learning: the last state instead of the best",
         "algebra/learn_whole.py",
         "learn_whole",
