@@ -45,8 +45,8 @@ class Variables:
         return {name: part.view(self.shapes[name]) for name, part in zip(self.shapes, parts)}
 
     def moves(self, names: Sequence[str], device: Any = "cpu") -> dict[str, Tensor]:
-        """How far tensors have moved, until `update` moves them on. Where gradients are on they are
-        required of the moves, and `update` takes them."""
+        """How far tensors have moved: views, whose numbers `update` changes. Where gradients are
+        on, the moves require them, and `update` takes them."""
         moves = {name: self._moves[name].detach().to(device) for name in names}
         if torch.is_grad_enabled():
             for name, move in moves.items():

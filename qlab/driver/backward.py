@@ -95,9 +95,9 @@ def _apart(graph: ModuleGraph) -> tuple[ModuleGraph, dict[Tensor, Tensor]]:
     """The segment with variables of its own in the place of tensors that were computed of
     variables, and what stands in the place of which.
 
-    Gradients are summed there over all windows, and then go once through what was computed. So they
-    do for tensors of at least fp32, in which sums lose little, where these hold no more numbers
-    than what they were computed of: else ranks would tell each other more.
+    Gradients are summed there over all windows, and then go once through what was computed. Tensors
+    below fp32 stay as they are, because sums lose digits there. All stay where they hold more
+    numbers than the variables, because ranks send each other the sums.
     """
     leaves = pytree.tree_leaves(dict(graph.params))
     computed = {t: t.detach().requires_grad_() for t in leaves if _is_wide_result(t)}

@@ -153,7 +153,7 @@ def _overlapped(scan: Scan, runs: Sequence[Run]) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ready:
-    """A solved block, ready to be written: nothing is left of the one before any step.
+    """A solved block, ready to be written. It holds nothing of the unquantized one.
 
     number: of its segment. leaves: by their names in the files. online: what still happens to
     their inputs. around: the tensors beside them. notes: all but the probe. after: the block, and

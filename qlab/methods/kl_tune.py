@@ -129,7 +129,7 @@ def kl_tune(
         rate: how far a scale, gain or bias moves in a step, relative to its size, at most about; a
             scale twice as far, once by itself and once with its row. It rises over the first tenth
             of the steps, and falls linearly to 0.
-        windows: how many windows a step sees.
+        windows: how many windows a step sees. The gradient of one is mostly noise.
         held_out: the share of the calibration windows that nothing is learned from. They choose the
             state that is kept.
 

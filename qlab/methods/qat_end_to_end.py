@@ -119,7 +119,8 @@ def qat_end_to_end(
     Args:
         steps: how many steps of Adam; with 0 nothing moves.
         rate: how far a weight moves in the first step, in steps of its scale, at most about; the
-            rest moves a tenth of that, relative to its size. It falls linearly to 0.
+            rest moves a tenth of that, relative to its size. It falls linearly to 0, so that a
+            weight moves by at most about steps * rate / 2; its code changes behind half a step.
         windows: how many windows a step sees.
         held_out: the share of the calibration windows that nothing is learned from. They choose the
             state that is kept.
