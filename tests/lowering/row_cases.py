@@ -92,6 +92,7 @@ class Case:
 BF16 = (torch.bfloat16,)
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = {"row": "fp8_fp8", "orders": False}
+BLOCKS = Case(spec="fp8-b128x128", inputs="fp8-g128", o=256, k=256, few=128, **FLOATS)
 # Each is put under every law of test_row_laws.py.
 LAW_ROWS = [
     Case("int8", "int8-channel", dtypes=BF16),
@@ -107,7 +108,7 @@ LAW_ROWS = [
     Case("sparse24", "int8-tensor", inputs="int8-tensor-asym", static=0.03),
     Case(spec="fp8-channel", inputs="fp8-channel", **FLOATS),
     Case(spec="fp8-tensor", inputs="fp8-tensor", static=0.01, **FLOATS),
-    Case(spec="fp8-b128x128", inputs="fp8-g128", o=256, k=256, few=128, **FLOATS),
+    BLOCKS,
     Case("int4", "int4-channel-asym"),
     Case("int4", "int8-g32", inputs="int8-channel"),
     Case("fp8", "fp8-channel", dtypes=BF16),

@@ -53,6 +53,13 @@ def _blocks(p: Tensor, t_mc: Tensor, q: Tensor, s_ac: Tensor) -> Tensor:
     ).float()
 
 
+def _dense(codes: Tensor, scales: Tensor) -> Tensor:
+    """Codes [m, k] times scales, each for so many rows and columns as there are."""
+    for axis in (0, 1):
+        scales = scales.repeat_interleave(codes.shape[axis] // scales.shape[axis], axis)
+    return codes.float() * scales
+
+
 @cache
 def tried(device: torch.device, form: str) -> str | None:
     """What is wrong with a small product on a device, or None. form: "rows" or "blocks".
@@ -67,7 +74,7 @@ def tried(device: torch.device, form: str) -> str | None:
         torch.rand(2 * BLOCK, 2, generator=generator, dtype=torch.float32) + 0.5 for _ in range(2)
     )
     t, s = (t[:, :1], s[:, 0]) if form == "rows" else (t, s[:2])
-    expected = product(Codes(p, t, None), q, s)
+    expected = _dense(p, t) @ _dense(q, s[:, None] if s.ndim == 1 else s).T
     try:
         y = product(Codes(p.to(device), t.to(device), None), q.to(device), s.to(device)).cpu()
     except RuntimeError as error:
